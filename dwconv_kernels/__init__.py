@@ -1,0 +1,24 @@
+"""Operators for convolutional networks, forward and backward: Triton kernels, and plain PyTorch where they do not run.
+
+``depthwise_conv2d``, ``layer_norm_linear`` and ``convnext_block`` are drop-in for the PyTorch expressions that their
+documentation names. ``supports`` says whether a call runs on the kernels, ``backend`` decides what runs.
+"""
+
+from ._version import __version__
+from .block.op import convnext_block
+from .depthwise.op import depthwise_conv2d
+from .modules import DepthwiseConv2d, LayerNormLinear, is_plain
+from .norm_linear.op import layer_norm_linear
+from .runtime import backend, supports
+
+__all__ = [
+    "DepthwiseConv2d",
+    "LayerNormLinear",
+    "__version__",
+    "backend",
+    "convnext_block",
+    "depthwise_conv2d",
+    "is_plain",
+    "layer_norm_linear",
+    "supports",
+]

@@ -1,0 +1,1 @@
+"""The ConvNeXt block as one operator."""

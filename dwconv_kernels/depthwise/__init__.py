@@ -1,0 +1,1 @@
+"""Depthwise 2-D convolution."""

@@ -1,0 +1,1 @@
+"""Layer norm over channels, linear layer, optional GELU."""

@@ -1,0 +1,137 @@
+"""How an operator becomes ``torch.ops.dwconv_kernels.*``, and the layouts of what operators return.
+
+``define`` + ``impl`` + fake, called from a ctx-style ``torch.autograd.Function``, is the cheapest boundary that
+torch.compile, export, checkpointing and opcheck all understand. Two nets hang below it:
+
+- tracers that look inside ``Function.forward`` (torch.fx, non-strict export) record the raw operator, so the raw
+  forward operator has its own autograd formula, the same one;
+- the raw backward operator has an autograd formula that raises. Under ``create_graph=True`` PyTorch records it, and
+  whoever differentiates a second time gets the error. ``once_differentiable`` would not do: it drops a gradient penalty
+  without a word where the incoming gradient itself needs no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import runtime
+
+NAMESPACE = "dwconv_kernels"
+
+
+def register_operator(
+    name: str,
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    flops: Callable,
+    backward: Callable,
+    setup_context: Callable | None = None,
+) -> Callable:
+    """Register ``torch.ops.dwconv_kernels.<name>`` and return its ``default`` overload.
+
+    Args:
+        schema: arguments and results, ``"(Tensor x) -> Tensor"``.
+        implementation: runs it, on any device.
+        fake: allocates exactly what ``implementation`` would, strides included, without computing.
+        flops: ``flops(*shapes of the tensor arguments, other arguments, out_shape=...)``, for FlopCounterMode.
+        backward, setup_context: the autograd formula, as in ``torch.library.register_autograd``.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    namespace = getattr(torch.ops, NAMESPACE)
+    if not hasattr(namespace, name):  # a second copy of this module, or a reload, must not define it again
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "default", implementation)
+        torch.library.register_fake(qualified, fake)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+        register_flop_formula(getattr(namespace, name))(flops)
+    return getattr(namespace, name).default
+
+
+def no_second_derivative(operator: str) -> Callable:
+    """The autograd formula of a backward operator: raises, naming what can be differentiated twice."""
+
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"{operator} has no second derivative on this backend; "
+            f'dwconv_kernels.backend("torch") has one, at the speed of plain PyTorch'
+        )
+
+    return backward
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where a map x (N, C, H, W) has its channels side by side in memory, else contiguous."""
+    if not x.is_contiguous() and x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def empty_map(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised map of ``shape`` (N, C, H, W) in the memory format of x (N, C, H, W); dtype of x by default."""
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def empty_parameter(parameter: Tensor) -> Tensor:
+    """An uninitialised gradient with the dtype and, where the parameter is dense, exactly the strides of it.
+
+    DistributedDataParallel compares the strides of gradient and parameter literally, even of dimensions of size 1.
+    """
+    if parameter.is_contiguous() or (
+        parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def parameter_gradients(parameters: Sequence[Tensor | None], wanted: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """One gradient to fill per parameter; one of shape (0,) where it is not wanted or there is no parameter.
+
+    Operators return tensors, not None: :func:`given` turns the placeholders back.
+    """
+    return [
+        empty_parameter(parameter) if parameter is not None and need else like.new_empty(0)
+        for parameter, need in zip(parameters, wanted, strict=True)
+    ]
+
+
+def fill(gradients: Sequence[Tensor], values: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    """Copy ``values`` into the gradients that are wanted; shapes agree up to dimensions of size 1."""
+    for gradient, value, need in zip(gradients, values, wanted, strict=True):
+        if need and value is not None:
+            gradient.copy_(value.reshape(gradient.shape))
+    return list(gradients)
+
+
+def given(gradients: Sequence[Tensor], parameters: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple:
+    """What a backward pass hands to autograd: None for what was not wanted or does not exist."""
+    return tuple(
+        gradient if need and parameter is not None else None
+        for gradient, parameter, need in zip(gradients, parameters, wanted, strict=True)
+    )
+
+
+def check_same(x: Tensor, others: dict[str, Tensor | None]) -> None:
+    """All tensors on x's device, and of its dtype unless autocast casts them anyway.
+
+    Raises:
+        TypeError: something is not a tensor, or dtypes differ.
+        RuntimeError: devices differ.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; a tensor is allowed")
+    autocast = runtime.autocast_dtype(x) is not None
+    for name, other in others.items():
+        if other is None:
+            continue
+        if not isinstance(other, Tensor):
+            raise TypeError(f"{name} is a {type(other).__name__}; a tensor is allowed")
+        if other.device != x.device:
+            raise RuntimeError(f"{name} is on {other.device}; the device of x, {x.device}, is allowed")
+        castable = autocast and other.is_floating_point() and other.dtype != torch.float64
+        if other.dtype != x.dtype and not castable:
+            raise TypeError(f"{name} is {other.dtype}; the dtype of x, {x.dtype}, is allowed (or autocast)")

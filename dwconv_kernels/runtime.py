@@ -1,0 +1,211 @@
+"""Which implementation runs: environment variables, the backend in force, facts about device and Triton.
+
+The only module that reads environment variables:
+
+- ``DWCONV_KERNELS_BACKEND``: the backend that is in force from import on (``auto`` where it is not set);
+- ``TRITON_INTERPRET=1``: Triton's own switch; kernels then run on CPU tensors, in its interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "reference", "torch")
+FAMILIES = ("depthwise", "norm_linear", "block")
+MIN_TRITON = (3, 6)
+MIN_CAPABILITY = (8, 0)
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; allowed: {', '.join(BACKENDS)}")
+    return name
+
+
+_backend = _checked(os.environ.get("DWCONV_KERNELS_BACKEND", "auto"), "environment variable DWCONV_KERNELS_BACKEND")
+
+
+def current_backend() -> str:
+    """The backend in force: one of ``auto``, ``triton``, ``reference``, ``torch``."""
+    return _backend
+
+
+class backend:
+    """Context manager: run this package's operators on one backend, in the whole process.
+
+    A backward pass runs on the backend of its forward pass, wherever it is called.
+
+    - ``auto``: CUDA tensors on the kernels where :func:`supports` says yes, everything else on ``torch``;
+    - ``triton``: the kernels, or an error that says why not;
+    - ``reference``: the registered operators on their plain PyTorch definition with the hand-written backward;
+    - ``torch``: a composition of PyTorch's own operators, with PyTorch's own autograd.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+
+    def __init__(self, name: str):
+        self.name = _checked(name, "name")
+        self._outer: list[str] = []  # a stack, so that one object may be entered again inside itself
+
+    def __enter__(self) -> backend:
+        global _backend
+        self._outer.append(_backend)
+        _backend = self.name
+        return self
+
+    def __exit__(self, *_) -> None:
+        global _backend
+        _backend = self._outer.pop()
+
+
+def select(operator: str, x: Tensor, why_not: Callable[[], str | None]) -> str:
+    """The backend that one call runs on: ``torch``, ``reference`` or ``triton``.
+
+    Args:
+        operator: its public name, for the error.
+        x: its main input.
+        why_not: says why the kernels cannot take this call, or returns None; called only where it matters.
+
+    Raises:
+        RuntimeError: the backend in force is ``triton`` and the kernels cannot take this call.
+    """
+    chosen = _backend
+    if chosen == "auto":
+        # Exporters know ATen's operators and not ours; the composition is what they can convert.
+        return "triton" if x.is_cuda and not exporting() and why_not() is None else "torch"
+    if chosen == "triton":
+        reason = why_not()
+        if reason is not None:
+            raise RuntimeError(f'{operator} cannot run under backend("triton"): {reason}')
+    return chosen
+
+
+_SUPPORT: dict[Callable, Callable[..., str | None]] = {}
+
+
+def explained_by(why_not: Callable[..., str | None]) -> Callable[[Callable], Callable]:
+    """Decorator of a public operator: ``why_not``, of the same signature, answers for it in :func:`supports`."""
+
+    def decorate(operator: Callable) -> Callable:
+        _SUPPORT[operator] = why_not
+        return operator
+
+    return decorate
+
+
+def supports(operator: Callable, *args, **kwargs) -> tuple[bool, str]:
+    """Would this call run on the Triton kernels? ``(True, "")``, or ``(False, reason)``.
+
+    ``supports(dk.depthwise_conv2d, x, weight, padding=3)``. The backend in force does not matter.
+
+    Raises:
+        TypeError: ``operator`` is not one of this package's.
+        ValueError, TypeError: the arguments are not valid for the operator, as in the call itself.
+    """
+    if operator not in _SUPPORT:
+        names = ", ".join(sorted(known.__name__ for known in _SUPPORT))
+        raise TypeError(f"operator is {operator!r}; allowed: {names}")
+    reason = _SUPPORT[operator](*args, **kwargs)
+    return reason is None, reason or ""
+
+
+def why_not_device(family: str, x: Tensor) -> str | None:
+    """Why no kernel of ``family`` runs on x's device; None where they do."""
+    if x.is_cuda:
+        return _why_not_cuda(x.device.index if x.device.index is not None else -1) or _why_not_family(family)
+    if x.device.type == "cpu" and INTERPRETER:
+        return _why_not_family(family)
+    if x.device.type == "cpu":
+        return "x is on cpu; the kernels run on CUDA devices (or, with TRITON_INTERPRET=1, in Triton's interpreter)"
+    return f"x is on {x.device.type}; the kernels run on CUDA devices"
+
+
+def kernel_status() -> tuple[bool, str]:
+    """Do kernels run on this machine's GPU at all? ``(True, "")``, or ``(False, reason)``."""
+    reason = _why_not_triton()
+    if reason is None and not torch.cuda.is_available():
+        reason = "PyTorch sees no CUDA device"
+    reason = reason or _why_not_cuda(-1)
+    if reason is None and all(_why_not_family(family) for family in FAMILIES):
+        reason = _why_not_family(FAMILIES[0])
+    return reason is None, reason or ""
+
+
+def launchers(family: str) -> ModuleType:
+    """The module ``dwconv_kernels.<family>.launch``, imported at the first call: nothing else imports Triton.
+
+    Raises:
+        RuntimeError: the kernels of this family cannot be imported, with the reason.
+    """
+    reason = _why_not_family(family)
+    if reason is not None:
+        raise RuntimeError(f"no Triton kernels for {family}: {reason}")
+    return importlib.import_module(f"{__package__}.{family}.launch")
+
+
+def triton_version() -> str | None:
+    """Version of the installed Triton, or None; does not import it."""
+    for distribution in ("triton", "triton-windows"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+# Three facts that do not change while a process runs. torch.compile must not trace how they are found out.
+@torch.compiler.assume_constant_result
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    version = triton_version()
+    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {version} is installed; the kernels need {'.'.join(map(str, MIN_TRITON))} or newer"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_family(family: str) -> str | None:
+    reason = _why_not_triton()
+    if reason is None and importlib.util.find_spec(f"{__package__}.{family}.launch") is None:
+        reason = f"this version of dwconv_kernels has no Triton kernels for {family} yet"
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _why_not_cuda(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm; the kernels are built for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(index if index >= 0 else None)
+    if capability < MIN_CAPABILITY:
+        return f"the GPU is sm_{capability[0]}{capability[1]}; the kernels need sm_80 or newer"
+    return None
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has none
+
+
+def exporting() -> bool:
+    """Is this call being recorded by torch.export, torch.jit.trace or an ONNX exporter?"""
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast would have a convolution or a linear layer of x compute; None where it is off."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -1,0 +1,34 @@
+"""Packaging. Imports neither torch nor triton: a build environment has neither."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dwconv_kernels" / "_version.py").read_text()).group(1)
+
+# matplotlib draws the loss curve, kornia augments batches of tensors (it imports beside a CPU build of torch, which
+# torchvision does not), scikit-learn ships the digits of the demo, safetensors reads the checkpoints of today.
+TRAIN = ["kornia>=0.7", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "tqdm"]
+PEERS = ["timm>=1.0.20", "torchvision", "transformers>=4.56"]
+
+setup(
+    name="convnext-fast",
+    version=VERSION,
+    description="Depthwise-convolution kernels for PyTorch, forward and backward, and the ConvNeXt built on them",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dwconv_kernels", "dwconv_kernels.*", "convnext_fast", "convnext_fast.*"]),
+    package_data={"dwconv_kernels": ["py.typed", "*/README.md"], "convnext_fast": ["py.typed"]},
+    # Triton comes with torch's own CUDA builds, in the version they were built for; without it the PyTorch path runs.
+    install_requires=["torch>=2.6"],
+    extras_require={
+        "train": TRAIN,
+        "test": [*TRAIN, *PEERS, "pytest>=8"],
+        "bench": [*PEERS, "pytest>=8", "pytest-benchmark>=5"],
+    },
+    entry_points={"console_scripts": ["convnext-fast = convnext_fast.cli:main"]},
+)
