@@ -103,18 +103,22 @@ def _backward_flops(dout, *arguments, **_) -> int:
 def _save(ctx, inputs, output) -> None:
     ctx.settings = inputs[_COUNT:]
     ctx.save_for_backward(*inputs[:_COUNT], *output[1:])
+
+
+def _setup_raw(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _gradients(ctx, dout, *_):
-    tensors = ctx.saved_tensors[:_COUNT]
+    saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
     eps, memory, dtype, backend = ctx.settings
     needs = list(ctx.needs_input_grad[:_COUNT])
     del needs[_ROW_SCALE]
-    x, p, _row_scale = _unpack(tensors)
+    x, p, _row_scale = _unpack(saved[:_COUNT])
     inputs = (x, *p)
     wanted = [need and tensor is not None for need, tensor in zip(needs, inputs, strict=True)]
-    gradients = _BACKWARD(dout, *ctx.saved_tensors, eps, memory, dtype, wanted, backend)
+    gradients = _BACKWARD(dout, *saved, eps, memory, dtype, wanted, backend)
     result = list(registration.given(gradients, inputs, wanted))
     result.insert(_ROW_SCALE, None)
     return (*result, None, None, None, None)
@@ -127,7 +131,7 @@ _FORWARD = registration.register_operator(
     _forward_fake,
     _forward_flops,
     backward=_gradients,
-    setup_context=_save,
+    setup_context=_setup_raw,
 )
 _BACKWARD = registration.register_operator(
     "convnext_block_backward",
@@ -155,6 +159,8 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float, memory: str) -> None:
+    if torch.jit.is_tracing():  # sizes are traced values, and comparing them would be recorded
+        return
     if memory not in MEMORY:
         raise ValueError(f"memory is {memory!r}; allowed: {', '.join(MEMORY)}")
     registration.check_same(x, p._asdict())
@@ -218,7 +224,7 @@ def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) 
     x = x.permute(0, 2, 3, 1)
     if scale is None:
         out = x + t
-    elif x.dtype == t.dtype == scale.dtype and not torch.is_grad_enabled():
+    elif x.dtype == t.dtype == scale.dtype and not torch.is_grad_enabled() and not runtime.exporting():
         out = torch.addcmul(x, t, scale)  # one pass over the map instead of two, but one more in the backward pass
     else:
         out = x + t * scale
@@ -286,7 +292,7 @@ def convnext_block(
     x, p, row_scale = _unpack(tensors)
     _check(x, p, row_scale, eps, memory)
     chosen = runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale))
-    if chosen == "torch" and 0 not in x.shape[1:]:  # PyTorch's convolution refuses maps without pixels
+    if chosen == "torch" and not depthwise.is_empty(x):
         if memory == "lean" and torch.is_grad_enabled() and not runtime.exporting():
             return checkpoint(composition, x, p, row_scale, eps, use_reentrant=False, preserve_rng_state=False)
         return composition(x, p, row_scale, eps)

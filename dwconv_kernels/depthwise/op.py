@@ -118,6 +118,8 @@ def _same_padding(kernel: Pair, stride: Pair, dilation: Pair) -> tuple[Pair, tup
 
 def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Shapes, dtypes and devices of a depthwise convolution; ``prefix`` comes before the names in errors."""
+    if torch.jit.is_tracing():  # sizes are traced values, and comparing them would be recorded
+        return
     registration.check_same(x, {f"{prefix}weight": weight, f"{prefix}bias": bias})
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; (N, C, H, W) is allowed")
@@ -147,7 +149,7 @@ def _check(x, weight, bias, stride, padding, dilation) -> tuple[Pair, Pair, Pair
 
 
 def _check_output(x, weight, stride, padding, dilation, more) -> None:
-    if more is not None or 0 in x.shape:  # "same" always fits; of an empty map the result is empty
+    if more is not None or torch.jit.is_tracing() or is_empty(x):  # "same" always fits
         return
     for k in range(2):
         if x.shape[2 + k] + 2 * padding[k] < dilation[k] * (weight.shape[2 + k] - 1) + 1:
@@ -170,6 +172,11 @@ def _why_not(x, weight, stride, padding, dilation, more) -> str | None:
     if more is not None:
         return f"a kernel of even size ({tuple(weight.shape[2:])}) with padding='same' is padded unevenly"
     return runtime.launchers("depthwise").why_not(x, weight, stride, padding, dilation)
+
+
+def is_empty(x: Tensor) -> bool:
+    """Has the map x (N, C, H, W) no pixels or no channels? PyTorch's convolution refuses those."""
+    return not torch.jit.is_tracing() and 0 in x.shape[1:]
 
 
 def composition(x, weight, bias, stride, padding, dilation) -> Tensor:
@@ -230,9 +237,9 @@ def depthwise_conv2d(
     chosen = runtime.select("depthwise_conv2d", x, lambda: _why_not(x, weight, stride, padding, dilation, more))
     if more is not None:
         x = F.pad(x, more)
-    if chosen == "torch" and 0 not in x.shape[1:]:
+    if chosen == "torch" and not is_empty(x):
         return composition(x, weight, bias, stride, padding, dilation)
-    if chosen == "torch":  # PyTorch refuses maps without pixels or channels
+    if chosen == "torch":
         chosen = "reference"
     dtype = runtime.autocast_dtype(x)
     return DepthwiseConv2dFunction.apply(

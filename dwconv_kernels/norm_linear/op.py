@@ -56,6 +56,10 @@ def _backward_flops(dy, x_shape, mean, rstd, norm_weight, norm_bias, weight_shap
 def _save(ctx, inputs, output) -> None:
     x, norm_weight, norm_bias, weight, bias, *ctx.settings = inputs
     ctx.save_for_backward(x, *output[1:], norm_weight, norm_bias, weight, bias)
+
+
+def _setup_raw(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -76,7 +80,7 @@ _FORWARD = registration.register_operator(
     _forward_fake,
     _forward_flops,
     backward=_gradients,
-    setup_context=_save,
+    setup_context=_setup_raw,
 )
 _BACKWARD = registration.register_operator(
     "layer_norm_linear_backward",
@@ -122,6 +126,8 @@ def check_linear(name: str, weight: Tensor, bias: Tensor | None, channels: int) 
 
 
 def _check(x, norm_weight, norm_bias, weight, bias, eps, activation) -> None:
+    if torch.jit.is_tracing():  # sizes are traced values, and comparing them would be recorded
+        return
     tensors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
     registration.check_same(x, tensors)
     if x.ndim < 1 or x.shape[-1] == 0:

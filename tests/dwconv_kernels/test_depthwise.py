@@ -197,7 +197,7 @@ def test_weight_gradient_has_the_strides_of_the_weight(backend, x_format, w_form
     assert w.grad.stride() == w.stride()
 
 
-def test_only_wanted_gradients_are_computed():
+def test_gradients_with_the_other_tensors_frozen():
     x, w, b = torch.randn(1, 3, 8, 8), torch.randn(3, 1, 3, 3), torch.randn(3)
     full = with_gradients(ours(DEPTHWISE[4]), [x, w, b])
     for i in range(3):
