@@ -9,7 +9,7 @@ from .block.op import convnext_block
 from .depthwise.op import depthwise_conv2d
 from .modules import DepthwiseConv2d, LayerNormLinear, is_plain
 from .norm_linear.op import layer_norm_linear
-from .runtime import backend, supports
+from .runtime import backend, current_backend, kernel_status, supports
 
 __all__ = [
     "DepthwiseConv2d",
@@ -17,8 +17,10 @@ __all__ = [
     "__version__",
     "backend",
     "convnext_block",
+    "current_backend",
     "depthwise_conv2d",
     "is_plain",
+    "kernel_status",
     "layer_norm_linear",
     "supports",
 ]

@@ -8,6 +8,14 @@ from torch.nn.modules import module as nn_module
 from .depthwise.op import depthwise_conv2d
 from .norm_linear.op import layer_norm_linear
 
+# Hooks on the calls of all modules; these dictionaries are filled and emptied, never replaced.
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_forward_hooks,
+    nn_module._global_backward_pre_hooks,
+    nn_module._global_backward_hooks,
+)
+
 
 class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d`` with one kernel per channel, on :func:`depthwise_conv2d`; arguments and parameters of nn.Conv2d.
@@ -102,5 +110,5 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__  # an instance whose forward somebody replaced
-        and not nn_module._has_any_global_hook()
+        and not any(_GLOBAL_HOOKS)
     )

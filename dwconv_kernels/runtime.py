@@ -206,6 +206,8 @@ def exporting() -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast would have a convolution or a linear layer of x compute; None where it is off."""
     device = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not x.is_floating_point():
         return None
-    return torch.get_autocast_dtype(device)
+    if device not in ("cuda", "cpu") and not torch.amp.is_autocast_available(device):  # meta
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

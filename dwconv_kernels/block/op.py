@@ -219,7 +219,7 @@ def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) 
     t = F.linear(h, p.fc2_weight, p.fc2_bias)
     scale = p.layer_scale
     if row_scale is not None:
-        rows = row_scale.to(t.dtype if scale is None else scale.dtype)[:, None, None, None]
+        rows = row_scale.to(t.dtype if scale is None else scale.dtype).view(-1, 1, 1, 1)
         scale = rows if scale is None else rows * scale
     x = x.permute(0, 2, 3, 1)
     if scale is None:

@@ -30,7 +30,7 @@ def pytorch(x, dw, dwb, nw, nb, w1, b1, w2, b2, layer_scale=None, row_scale=None
     t = F.linear(h, w2, b2)
     t = t if layer_scale is None else layer_scale * t
     t = t.permute(0, 3, 1, 2)
-    return x + t if row_scale is None else x + row_scale[:, None, None, None] * t
+    return x + t if row_scale is None else x + row_scale.view(-1, 1, 1, 1) * t
 
 
 def to(tensors, dtype):

@@ -1,0 +1,173 @@
+"""Choice of the backend, and what the package says about it."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import dwconv_kernels as dk
+from dwconv_kernels import runtime
+from tests.dwconv_kernels.operands import block_operands, norm_linear_operands
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(code: str, **environment) -> str:
+    """Output of ``code`` in a fresh interpreter; stderr is part of it where that fails."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        timeout=300,
+    )
+    return done.stdout + (done.stderr if done.returncode else "")
+
+
+CALLS = {
+    dk.depthwise_conv2d: [torch.randn(2, 4, 8, 8), torch.randn(4, 1, 3, 3)],
+    dk.layer_norm_linear: norm_linear_operands((3, 7), 5, dtype=torch.float32),
+    dk.convnext_block: block_operands((2, 4, 8, 8), dtype=torch.float32),
+}
+each_call = pytest.mark.parametrize("operator, tensors", CALLS.items(), ids=[f.__name__ for f in CALLS])
+
+
+@each_call
+def test_supports_says_no_with_a_reason_on_cpu(operator, tensors):
+    supported, reason = dk.supports(operator, *tensors)
+    assert supported is False
+    assert "x is on cpu" in reason
+
+
+@each_call
+def test_supports_checks_arguments_as_the_call_does(operator, tensors):
+    wrong = [tensors[0][..., :1, :3] if t is tensors[0] else t for t in tensors]
+    wrong[1] = torch.randn(9)
+    with pytest.raises(ValueError, match="is allowed"):
+        dk.supports(operator, *wrong)
+
+
+def test_supports_knows_its_own_operators():
+    with pytest.raises(TypeError, match="allowed: convnext_block, depthwise_conv2d, layer_norm_linear"):
+        dk.supports(torch.nn.functional.conv2d, torch.randn(1, 1, 3, 3))
+
+
+@each_call
+def test_the_triton_backend_runs_kernels_or_says_why_not(operator, tensors):
+    with dk.backend("triton"), pytest.raises(RuntimeError, match=rf"{operator.__name__} cannot run .*x is on cpu"):
+        operator(*tensors)
+
+
+@each_call
+def test_which_backend_ran_shows_in_the_graph(operator, tensors):
+    tensors = [t if t is None else t.clone().requires_grad_() for t in tensors]
+    names = {}
+    for backend in ("auto", "torch", "reference"):
+        with dk.backend(backend):
+            names[backend] = type(operator(*tensors).grad_fn).__name__
+    assert "FunctionBackward" in names["reference"]
+    assert "Function" not in names["torch"]
+    assert names["auto"] == names["torch"]  # on CPU, auto is plain PyTorch
+
+
+def test_backends_nest_and_survive_errors():
+    assert runtime.current_backend() == "auto"
+    again = dk.backend("reference")
+    with again, dk.backend("torch"):
+        with again:
+            assert runtime.current_backend() == "reference"
+        assert runtime.current_backend() == "torch"
+        with pytest.raises(ZeroDivisionError), dk.backend("triton"):
+            _ = 1 / 0
+        assert runtime.current_backend() == "torch"
+    assert runtime.current_backend() == "auto"
+
+
+def test_an_unknown_backend_is_an_error():
+    with pytest.raises(ValueError, match=r"name is 'cuda'; allowed: auto, triton, reference, torch"):
+        dk.backend("cuda")
+
+
+def test_backward_runs_where_forward_ran():
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3, requires_grad=True)
+    with dk.backend("reference"):
+        y = dk.depthwise_conv2d(x, weight)
+    with dk.backend("triton"):  # would raise
+        y.sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_environment_variable():
+    code = "import dwconv_kernels.runtime as r; print(r.current_backend())"
+    assert run_python(code, DWCONV_KERNELS_BACKEND="reference").strip() == "reference"
+    out = run_python(code, DWCONV_KERNELS_BACKEND="fast")
+    assert "DWCONV_KERNELS_BACKEND is 'fast'; allowed: auto, triton, reference, torch" in out
+
+
+BLOCK_TRITON = """
+    import sys
+
+    class NoTriton:
+        def find_spec(self, name, path=None, target=None):
+            if name == "triton" or name.startswith("triton."):
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, NoTriton())
+    import importlib.util
+    real = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else real(name, *a)
+"""
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    """The suite itself, in a process that cannot import Triton (macOS, Windows, CPU builds of PyTorch)."""
+    code = textwrap.dedent(BLOCK_TRITON) + textwrap.dedent(
+        """
+        import pytest, torch
+        import dwconv_kernels as dk
+        x, w = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
+        print(dk.runtime.kernel_status())
+        try:
+            dk.runtime.launchers("depthwise")
+        except RuntimeError as error:
+            print(error)
+        tests = ["tests/dwconv_kernels/test_depthwise.py", "tests/dwconv_kernels/test_modules.py"]
+        print("exit code", int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])))
+        assert "triton" not in sys.modules
+        """
+    )
+    out = run_python(code)
+    assert "(False, 'Triton is not installed')" in out
+    assert "no Triton kernels for depthwise: Triton is not installed" in out
+    assert out.rstrip().endswith("exit code 0"), out
+
+
+def test_importing_the_packages_imports_nothing_optional():
+    code = """
+        import sys
+        import torch, torch.utils.flop_counter  # which imports Triton and tqdm where they are
+        before = set(sys.modules)
+        import dwconv_kernels, convnext_fast
+        names = "triton timm torchvision transformers safetensors matplotlib sklearn kornia tqdm PIL".split()
+        print([name for name in names if name in set(sys.modules) - before])
+    """
+    assert run_python(code).strip() == "[]"
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    monkeypatch.setattr(runtime, "triton_version", lambda: "3.2.0")
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(RuntimeError, match=r"Triton 3\.2\.0 is installed; the kernels need 3\.6 or newer"):
+        runtime.launchers("depthwise")
+
+
+def test_old_gpus_and_rocm_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "sm_75; the kernels need sm_80" in runtime._why_not_cuda(0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in runtime._why_not_cuda(0)
