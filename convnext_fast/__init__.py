@@ -1,0 +1,24 @@
+"""ConvNeXt V1 and V2 on :mod:`dwconv_kernels`: the model zoo, checkpoints of every dialect, training."""
+
+from dwconv_kernels._version import __version__
+
+from . import zoo
+from .block import GRN, Block, DropPath
+from .checkpoint import (
+    CheckpointError,
+    LoadReport,
+    convert_state_dict,
+    detect_dialect,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from .model import ConvNeXt, ConvNeXtIsotropic, LayerNorm2d
+from .zoo import *  # noqa: F403
+from .zoo import create_model, list_models
+
+__all__ = [
+    "GRN", "Block", "CheckpointError", "ConvNeXt", "ConvNeXtIsotropic", "DropPath", "LayerNorm2d", "LoadReport",
+    "__version__", "convert_state_dict", "create_model", "detect_dialect", "list_models", "load_checkpoint",
+    "read_checkpoint", "save_checkpoint", *zoo.MODELS,
+]  # fmt: skip

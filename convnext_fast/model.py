@@ -1,0 +1,263 @@
+"""ConvNeXt and isotropic ConvNeXt, with the constructor arguments and state_dict keys of the original repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .block import Block
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of x (N, C, H, W); the result has channels_last strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+
+
+class _Classifier(nn.Module):
+    """What both networks share: initial weights, pooling, the head, and how blocks are run.
+
+    Expects ``in_chans``, ``reduction``, ``num_features`` and the modules ``norm`` and ``head`` of its subclass.
+    """
+
+    grad_checkpointing = False
+
+    def _init_weights(self, head_init_scale: float) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        if isinstance(self.head, nn.Linear):
+            with torch.no_grad():
+                self.head.weight.mul_(head_init_scale)
+                self.head.bias.mul_(head_init_scale)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = bool(enable)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one; 0 leaves pooled features (N, C)."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}; 0 (no head) or more is allowed")
+        like = self.norm.weight
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def _run_blocks(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and self.training):
+            return blocks(x)
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    def _check_images(self, x: Tensor) -> None:
+        if isinstance(x, torch.fx.Proxy):  # symbolic tracing has no shapes to look at
+            return
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}; (N, {self.in_chans}, H, W) is allowed (in_chans={self.in_chans})"
+            )
+        if min(x.shape[2], x.shape[3]) < self.reduction:
+            raise ValueError(
+                f"images are {x.shape[2]}×{x.shape[3]} pixels; at least {self.reduction}×{self.reduction} is allowed, "
+                f"since this network reduces by {self.reduction}"
+            )
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return self.norm(x.mean([-2, -1]))  # (N, C, H, W) -> (N, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images x (N, in_chans, H, W)."""
+        return self.head(self.forward_features(x))
+
+
+class ConvNeXt(_Classifier):
+    """ConvNeXt V1 and V2 (``use_grn=True``).
+
+    The arguments up to ``head_init_scale`` are those of the original ``models/convnext.py``.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: size of the head; 0 leaves pooled, normalised features.
+        depths: blocks per stage, four numbers.
+        dims: channels per stage, four numbers.
+        drop_path_rate: probability of dropping a block's branch, growing linearly from 0 to this over all blocks.
+        layer_scale_init_value: initial layer scale; 0 builds blocks without it (as V2 does).
+        head_init_scale: factor on the head's initial weights.
+        use_grn: the blocks of V2.
+        kernel_size: odd width of the depthwise convolutions.
+        patch_size: width and stride of the stem's convolution.
+        norm_eps: ε of every layer norm.
+        features_only: return the list of the maps ``out_indices`` (N, C_i, H_i, W_i) instead of logits; such a network
+            has neither final norm nor head.
+        out_indices: stages whose maps ``features_only`` returns, negative ones counted from the end.
+        memory: what each block saves for the backward pass, see :func:`dwconv_kernels.convnext_block`.
+        device, dtype: of the parameters.
+
+    Images of any size from ``model.reduction`` pixels up are allowed.
+
+    Raises:
+        ValueError: an argument, or the shape of the images, is not one of the allowed.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+        *,
+        use_grn: bool = False,
+        kernel_size: int = 7,
+        patch_size: int = 4,
+        norm_eps: float = 1e-6,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+        memory: str = "default",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        depths, dims = tuple(depths), tuple(dims)
+        if len(depths) != 4 or len(dims) != 4 or min(depths) < 1 or min(dims) < 1:
+            raise ValueError(f"depths is {depths} and dims is {dims}; four positive numbers each are allowed")
+        if out_indices is not None and not features_only:
+            raise ValueError("out_indices is given without features_only=True, which is what returns those maps")
+        made = {"device": device, "dtype": dtype}
+        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
+        self.reduction = 8 * patch_size
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size << i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+
+        stem = nn.Sequential(
+            nn.Conv2d(in_chans, dims[0], kernel_size=patch_size, stride=patch_size, **made),
+            LayerNorm2d(dims[0], eps=norm_eps, **made),
+        )
+        self.downsample_layers = nn.ModuleList([stem])
+        for dim, next_dim in pairwise(dims):
+            norm = LayerNorm2d(dim, eps=norm_eps, **made)
+            self.downsample_layers.append(nn.Sequential(norm, nn.Conv2d(dim, next_dim, 2, stride=2, **made)))
+
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        self.stages = nn.ModuleList()
+        for depth, dim in zip(depths, dims, strict=True):
+            blocks = [
+                Block(
+                    dim, next(rates), layer_scale_init_value, kernel_size=kernel_size, use_grn=use_grn,
+                    norm_eps=norm_eps, memory=memory, **made,
+                )
+                for _ in range(depth)
+            ]  # fmt: skip
+            self.stages.append(nn.Sequential(*blocks))
+
+        self.out_indices = _stage_indices(out_indices) if features_only else None
+        if features_only:
+            self.norm, self.head = nn.Identity(), nn.Identity()
+        else:
+            self.norm = nn.LayerNorm(dims[-1], eps=norm_eps, **made)
+            self.head = nn.Linear(dims[-1], num_classes, **made) if num_classes > 0 else nn.Identity()
+        self._init_weights(head_init_scale)
+
+    def forward_maps(self, x: Tensor, out_indices: Sequence[int] | None = None) -> list[Tensor]:
+        """The maps (N, C_i, H_i, W_i) after the stages ``out_indices`` (all four by default), not normalised."""
+        self._check_images(x)
+        wanted = _stage_indices(out_indices)
+        maps = []
+        for i in range(max(wanted) + 1):
+            x = self._run_blocks(self.stages[i], self.downsample_layers[i](x))
+            maps.append(x)
+        return [maps[i] for i in wanted]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Pooled and normalised features (N, C) of images x (N, in_chans, H, W)."""
+        return self._pool(self.forward_maps(x, (3,))[0])
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits (N, num_classes) of images x (N, in_chans, H, W); a list of maps where ``features_only``."""
+        if self.out_indices is not None:
+            return self.forward_maps(x, self.out_indices)
+        return super().forward(x)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        if self.out_indices is not None:
+            raise ValueError("reset_classifier: this network was built with features_only=True and has no head")
+        super().reset_classifier(num_classes)
+
+
+class ConvNeXtIsotropic(_Classifier):
+    """ConvNeXt of one resolution and width (section 3.3 of the paper); arguments of ``models/convnext_isotropic.py``.
+
+    Args are those of :class:`ConvNeXt`, with one ``depth`` and one ``dim``, and a stem of 16×16 patches.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depth: int = 18,
+        dim: int = 384,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 0.0,
+        head_init_scale: float = 1.0,
+        *,
+        kernel_size: int = 7,
+        patch_size: int = 16,
+        norm_eps: float = 1e-6,
+        memory: str = "default",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        made = {"device": device, "dtype": dtype}
+        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dim
+        self.reduction = patch_size
+        self.stem = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **made)
+        blocks = [
+            Block(dim, rate, layer_scale_init_value, kernel_size=kernel_size, norm_eps=norm_eps, memory=memory, **made)
+            for rate in drop_path_rates(drop_path_rate, depth)
+        ]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, **made)
+        self.head = nn.Linear(dim, num_classes, **made) if num_classes > 0 else nn.Identity()
+        self._init_weights(head_init_scale)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Pooled and normalised features (N, C) of images x (N, in_chans, H, W)."""
+        self._check_images(x)
+        # There is no norm after this stem to make the map channels_last, the layout in which blocks are fast.
+        x = self.stem(x).contiguous(memory_format=torch.channels_last)
+        return self._pool(self._run_blocks(self.blocks, x))
+
+
+def drop_path_rates(rate: float, count: int) -> list[float]:
+    """``count`` probabilities growing linearly from 0 to ``rate``."""
+    return torch.linspace(0, rate, count, device="cpu").tolist()
+
+
+def _stage_indices(out_indices: Sequence[int] | None) -> tuple[int, ...]:
+    if out_indices is None:
+        return (0, 1, 2, 3)
+    indices = tuple(i + 4 if i < 0 else i for i in out_indices)
+    if not indices or any(i not in range(4) for i in indices) or len(set(indices)) != len(indices):
+        raise ValueError(f"out_indices is {tuple(out_indices)}; different stages out of 0, 1, 2, 3 are allowed")
+    return indices
