@@ -1,0 +1,377 @@
+"""Checkpoints of every dialect of ConvNeXt: telling, converting and loading them.
+
+Names and shapes are in :mod:`convnext_fast.dialects`, files in :mod:`convnext_fast.checkpoint_files`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint_files import read_checkpoint, save_checkpoint, some, unwrap
+from .dialects import (
+    DIALECTS,
+    PUBLISHED,
+    TIMM_CONV_MLP,
+    CheckpointError,
+    Layout,
+    Network,
+    canonical_layout,
+    clean_name,
+    dialect_shape,
+    entries,
+    locate,
+    parent_of,
+    read_network,
+    shape_like,
+    what_cannot_be_held,
+    what_is_missing,
+)
+
+__all__ = [
+    "CheckpointError", "LoadReport", "check_values", "convert_state_dict", "detect_dialect", "load_checkpoint",
+    "read_checkpoint", "save_checkpoint",
+]  # fmt: skip
+
+_ROWS = 20  # of the table in a report
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint; ``str(report)`` is a table.
+
+    Attributes:
+        dialect: the checkpoint's.
+        missing: (name, shape) of what the model has and the checkpoint does not.
+        unexpected: (name, shape) of what the checkpoint has and the model does not.
+        mismatched: (the model's name, the model's shape, the checkpoint's shape) where shapes differ.
+        dropped: the checkpoint's names that were rightly left out: a head, norms or last stages where the model ends
+            before them, and what lies beside the network (a detector's neck, CLIP's text tower).
+    """
+
+    dialect: str
+    missing: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    unexpected: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Nothing is missing, unexpected or of another shape."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        lines = [f"{self.dialect} checkpoint: {'everything fits' if self.fits else 'not everything fits'}"]
+        rows = [("missing", name, str(shape), "–") for name, shape in self.missing]
+        rows += [("unexpected", name, "–", str(shape)) for name, shape in self.unexpected]
+        rows += [("shape", name, str(ours), str(theirs)) for name, ours, theirs in self.mismatched]
+        if rows:
+            table = [("", "name", "model", "checkpoint"), *rows[:_ROWS]]
+            widths = [max(len(row[column]) for row in table) for column in range(4)]
+            lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        if len(rows) > _ROWS:
+            lines.append(f"  … and {len(rows) - _ROWS} more")
+        if self.dropped:
+            lines.append(f"  left out, since the model has no place for it: {some(self.dropped)}")
+        return "\n".join(lines)
+
+
+def detect_dialect(state_dict: Mapping[str, Any]) -> str:
+    """The dialect of a state_dict or training checkpoint, one of :data:`convnext_fast.dialects.DIALECTS`.
+
+    Raises:
+        CheckpointError: a ValueError; it is of none of these (the message has its first names), or has two networks.
+    """
+    return locate(unwrap(state_dict))[0].dialect
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Any],
+    to: str,
+    like: nn.Module | Mapping[str, Tensor] | None = None,
+    *,
+    use_ema: bool = False,
+) -> dict[str, Tensor]:
+    """Translate a ConvNeXt's parameters into the names and shapes of another library.
+
+    The dialect of ``state_dict`` is detected; entries around it (``model``, ``state_dict``, ``module``), prefixes
+    (``module.``, ``backbone.``, ``visual.trunk.``, ...) and what torch.compile adds to names are taken off. Values and
+    dtypes stay, and tensors share their memory with ``state_dict``.
+
+    Without ``like`` the result is for the network that this library publishes in these depths and widths: timm's atto
+    to nano have 1×1 convolutions, Hugging Face's and mmpretrain's have the prefix of a classifier where there is a
+    head. Into the dialect that it already has, only prefixes change. With ``like`` the result is for just that model:
+    its prefix, names, shapes and order.
+
+    Args:
+        state_dict: of any dialect, or a training checkpoint that holds one.
+        to: "facebook", "timm", "torchvision", "huggingface", "mmpretrain" or "dinov3".
+        like: a model or state_dict of the dialect ``to``. A head, norms and last stages which it does not have are left
+            out, see :func:`load_checkpoint`; everything else must fit.
+        use_ema: take a training checkpoint's averaged weights, see :func:`read_checkpoint`.
+
+    Warns:
+        UserWarning: a head was dropped, since DINOv3 has none; names beside the network were ignored; or the final norm
+            moved from before the pooling to after it, or back, which changes logits.
+
+    Raises:
+        CheckpointError: a ValueError; it is no ConvNeXt, is incomplete, the dialect cannot hold it (torchvision has no
+            GRN, ...), or it does not fit ``like``.
+        ValueError: ``to`` is no dialect, or ``like`` is of another one.
+    """
+    if to not in DIALECTS:
+        raise ValueError(f"to is {to!r}; allowed: {', '.join(map(repr, DIALECTS))}")
+    flat = unwrap(state_dict, use_ema)
+    if like is None:
+        return _convert_to_published(flat, to)
+    target = like.state_dict() if isinstance(like, nn.Module) else unwrap(like)
+    dialect = locate(target)[0].dialect
+    if dialect != to:
+        raise ValueError(f"to is {to!r}, and like is a network of the dialect {dialect!r}; they must be the same")
+    converted, report = _fit(flat, target)
+    if not report.fits:
+        raise CheckpointError(f"the state_dict does not fit like. {report}{_hint(report)}")
+    return converted
+
+
+def load_checkpoint(
+    model: nn.Module,
+    checkpoint: str | os.PathLike | Mapping[str, Any],
+    strict: bool = True,
+    *,
+    use_ema: bool = False,
+) -> LoadReport:
+    """Load a checkpoint of any dialect into a ConvNeXt of any dialect: ours, timm's, torchvision's, Hugging Face's, ...
+
+    Names and shapes are translated to the model's, and everything is checked before anything is changed. It is no error
+    if the model ends before the checkpoint does. Left out, and listed under ``dropped`` in the report, are: the head,
+    where the model has none (``num_classes=0``); norms and last stages that the model does not have, where it has no
+    head either (``features_only``); and what lies beside the network in the file.
+
+    Args:
+        model: where to load; it stays as it was if this fails.
+        checkpoint: a file, see :func:`read_checkpoint`, or what such a file holds.
+        strict: False loads what fits by name and shape, and reports the rest.
+        use_ema: take a training checkpoint's averaged weights, see :func:`read_checkpoint`.
+
+    Raises:
+        FileNotFoundError, ImportError: see :func:`read_checkpoint`.
+        CheckpointError: a ValueError; the file cannot be read, or does not fit (with a table of names and shapes), or
+            holds NaN, infinity or integers.
+        ValueError: the model's parameters have no memory (``device="meta"``).
+    """
+    if isinstance(checkpoint, Mapping):
+        source, flat = "the checkpoint", unwrap(checkpoint, use_ema)
+    else:
+        source, flat = f"checkpoint {os.fspath(checkpoint)}", read_checkpoint(checkpoint, use_ema=use_ema)
+    target = model.state_dict()
+    if any(tensor.is_meta for tensor in target.values()):
+        raise ValueError("model has parameters on the meta device; call model.to_empty(device=...) first")
+    try:
+        converted, report = _fit(flat, target)
+        check_values(converted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    if strict and not report.fits:
+        hint = f"{_hint(report)}\nstrict=False loads what fits."
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}. {report}{hint}")
+    model.load_state_dict(converted, strict=False)
+    return report
+
+
+def check_values(state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse what no trained network holds.
+
+    Raises:
+        CheckpointError: a ValueError; tensors hold NaN or infinity, or integers; the message has their names.
+    """
+    integers, infinite = [], []
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point():
+            integers.append(name)
+        elif not tensor.is_meta:
+            wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite does not take float8
+            if not torch.isfinite(wide).all():
+                infinite.append(name)
+    for kind, names in (("NaN or infinity", infinite), ("other things than floating-point numbers", integers)):
+        if names:
+            raise CheckpointError(f"tensors hold {kind}: {some(names)}")
+
+
+def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+    """What of ``flat`` fits ``target``, under its names, in its order and shapes, and a report of what does not."""
+    source, goal = read_network(flat), read_network(target)
+    if {key: t.shape for key, t in flat.items()} == {key: t.shape for key, t in target.items()}:
+        return {key: flat[key] for key in target}, LoadReport(source.layout.dialect)
+    _warn_if_norm_moves(source, goal.layout)
+    found, mismatched, dropped, unexpected = {}, [], list(source.outside), []
+    ends_before = _ends_before(goal)
+
+    def place(key: str, tensor: Tensor) -> None:
+        if tensor.shape == target[key].shape:
+            found[key] = tensor
+        else:
+            mismatched.append((key, tuple(target[key].shape), tuple(tensor.shape)))
+
+    for name, tensor in source.tensors.items():
+        field = source.fields[name]
+        if name in goal.names:
+            key = goal.names[name]
+            place(key, shape_like(field, name, tensor, target[key].shape))
+        else:
+            (dropped if ends_before(field, name) else unexpected).append(source.names[name])
+    # Variants that only one library has (timm's overlapping stems) are unknown here, but the same on both sides.
+    same = source.layout.dialect == goal.layout.dialect
+    theirs = {_within(goal, key): key for key in goal.unknown} if same else {}
+    for key in source.unknown:
+        if _within(source, key) in theirs:
+            place(theirs[_within(source, key)], flat[key])
+        else:
+            unexpected.append(key)
+
+    placed = {*found, *(key for key, _, _ in mismatched)}
+    report = LoadReport(
+        source.layout.dialect,
+        missing=tuple((key, tuple(t.shape)) for key, t in target.items() if key not in placed),
+        unexpected=tuple((key, tuple(flat[key].shape)) for key in unexpected),
+        mismatched=tuple(mismatched),
+        dropped=tuple(dropped),
+    )
+    return {key: found[key] for key in target if key in found}, report
+
+
+def _within(network: Network, key: str) -> str:
+    return clean_name(key).removeprefix(network.prefix)
+
+
+def _ends_before(goal: Network) -> Callable[[str, str], bool]:
+    """Tells whether a parameter (field, canonical name) lies behind the end of the network ``goal``."""
+    fields, last = set(goal.fields.values()), max(goal.places.stages)
+
+    def ends_before(field: str, name: str) -> bool:
+        if "head" in fields:
+            return False
+        if field in ("head", "pre_logits"):
+            return True
+        if field in ("final_norm", "stage_norm"):
+            return field not in fields
+        stage = re.match(r"(?:stages|downsample_layers)\.(\d+)\.", name)
+        return "final_norm" not in fields and stage is not None and int(stage[1]) > last
+
+    return ends_before
+
+
+def _warn_if_norm_moves(source: Network, layout: Layout) -> None:
+    places = source.layout.final_norm, layout.final_norm
+    if (
+        "final_norm" in source.fields.values()
+        and None not in places
+        and (places[0] == "norm_pre") != (places[1] == "norm_pre")
+    ):
+        order = "before" if places[0] == "norm_pre" else "after"
+        warnings.warn(
+            f"the checkpoint's network normalises {order} it pools, this one the other way round (timm's "
+            "head_norm_first): features are the same, pooled features and logits are not",
+            stacklevel=4,
+        )
+
+
+def _hint(report: LoadReport) -> str:
+    hints = []
+    heads = [theirs for name, _, theirs in report.mismatched if _is_head(name)]
+    if heads:
+        hints.append(
+            f"The heads have different numbers of classes: build the model with num_classes={heads[0][0]} or call "
+            f"reset_classifier({heads[0][0]}); strict=False keeps the model's own head."
+        )
+    gamma = re.compile(r"\.(gamma|layer_scale|layer_scale_parameter)$")
+    for rows, value in ((report.unexpected, "1e-6"), (report.missing, "0")):
+        if any(gamma.search(name) and ".grn." not in name for name, *_ in rows):
+            hints.append(f"Layer scale is only on one side: build the model with layer_scale_init_value={value}.")
+    return "".join(f"\n{hint}" for hint in hints)
+
+
+def _is_head(name: str) -> bool:
+    return re.search(r"(^|\.)(head|head\.fc|classifier|classifier\.2)\.(weight|bias)$", name) is not None
+
+
+def _convert_to_published(flat: dict[str, Tensor], to: str) -> dict[str, Tensor]:
+    """``flat`` in the names and shapes of the network that the dialect ``to`` publishes in its depths and widths."""
+    source = read_network(flat)
+    if source.outside:
+        warnings.warn(f"ignored what lies beside the network: {some(source.outside)}", stacklevel=3)
+    if source.layout.dialect == to and not source.prefix.endswith("trunk."):
+        return _with_own_prefix(source, flat)
+    missing = what_is_missing(source)
+    for kind, names in (("holds what no ConvNeXt has", source.unknown), ("lacks", missing)):
+        if names:
+            raise CheckpointError(f"the {source.layout.dialect} state_dict {kind}: {some(names)}")
+    layout, prefix = _published_layout(source, to)
+    reasons = what_cannot_be_held(source, layout)
+    if reasons:
+        raise CheckpointError(f"{to} cannot hold this {source.layout.dialect} state_dict: {'; '.join(reasons)}")
+    _warn_if_norm_moves(source, layout)
+    conv_mlp = to == "timm" and (source.places.depths, _dims(source)) in TIMM_CONV_MLP
+
+    converted, lost = {}, []
+    ours = entries(canonical_layout(source.layout), source.places)
+    for (field, name), (_, theirs) in zip(ours, entries(layout, source.places), strict=True):
+        if name not in source.tensors:
+            continue
+        if theirs is None:
+            lost.append(name)
+            continue
+        key = (parent_of(prefix) if field in layout.outside else prefix) + theirs
+        converted[key] = dialect_shape(field, name, source.tensors[name], to, conv_mlp)
+    if lost and to == "dinov3" and all(source.fields[name] == "head" for name in lost):
+        warnings.warn(f"dinov3 has no classifier; dropped: {some(source.names[name] for name in lost)}", stacklevel=3)
+    elif lost:
+        raise CheckpointError(f"{to} has no place for {some(source.names[name] for name in lost)}")
+    if to == "facebook":  # there all downsampling comes first, elsewhere it precedes its stage
+        converted = dict(sorted(converted.items(), key=lambda item: not item[0].startswith("downsample_layers.")))
+    return converted
+
+
+def _with_own_prefix(source: Network, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same dialect: every name and shape as it is, without the prefixes that wrappers put before it."""
+    layout = source.layout
+    prefix = PUBLISHED[layout.dialect].prefix
+    optional = {"huggingface": "convnext|convnextv2", "mmpretrain": "backbone"}  # in classifiers, not in bare networks
+    if layout.dialect in optional:
+        component = re.search(rf"(^|\.)(({optional[layout.dialect]})\.)$", source.prefix)
+        prefix = component[2] if component else ""
+    field_of = {key: source.fields[name] for name, key in source.names.items()}
+    result = {}
+    for key, tensor in flat.items():
+        name = clean_name(key)
+        if field_of.get(key) in layout.outside:
+            name = name.removeprefix(source.prefix).removeprefix(parent_of(source.prefix))
+            result[parent_of(prefix) + name] = tensor
+        elif key not in source.outside:
+            result[prefix + name.removeprefix(source.prefix)] = tensor
+    return result
+
+
+def _published_layout(source: Network, to: str) -> tuple[Layout, str]:
+    layout, fields = PUBLISHED[to], set(source.fields.values())
+    prefix = layout.prefix
+    if to in ("huggingface", "mmpretrain") and "head" not in fields:
+        prefix = ""
+    elif to == "huggingface" and "grn_weight" in fields:
+        prefix = "convnextv2."
+    if to == "mmpretrain" and "stage_norm" in fields:
+        layout = replace(layout, final_norm=None, stage_norm="norm{i}")
+    elif to == "mmpretrain":
+        layout = replace(layout, final_norm=f"norm{max(source.places.stages)}")
+    return layout, prefix
+
+
+def _dims(source: Network) -> tuple[int, ...]:
+    return tuple(source.tensors[f"stages.{i}.0.dwconv.weight"].shape[0] for i in source.places.stages)
