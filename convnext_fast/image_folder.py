@@ -1,0 +1,152 @@
+"""Training on a folder of images: from options to a :class:`convnext_fast.train.Trainer` that is ready to run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import convert_state_dict, load_checkpoint, read_checkpoint
+from .data import Augmentation, ImageFiles, Preprocessing, list_folder
+from .distributed import World
+from .run_folder import RunFolder
+from .train import Options, Task, Trainer
+from .zoo import create_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Network and images of a run.
+
+    ``augment=False`` trains on centre crops; ``init_from`` is a checkpoint of any dialect, ``pretrained``
+    the published one.
+    """
+
+    model: str = "convnext_tiny"
+    image_size: int = 224
+    val_fraction: float | None = None
+    drop_path: float = 0.1
+    augment: bool = True
+    hflip: float = 0.5
+    randaugment: int = 0
+    pretrained: bool = False
+    init_from: str | None = None
+
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; 1 or more is allowed")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; a probability in [0, 1) is allowed")
+        if not 0 <= self.hflip <= 1:
+            raise ValueError(f"hflip is {self.hflip}; a probability in [0, 1] is allowed")
+        if not 0 <= self.randaugment < 30:
+            raise ValueError(f"randaugment is {self.randaugment}; a magnitude from 0 (off) to 29 is allowed")
+        if self.pretrained and self.init_from:
+            raise ValueError("pretrained and init_from are both given; one of them is allowed")
+
+
+def folder_trainer(
+    data_dir: str | Path,
+    folder_options: FolderOptions,
+    options: Options,
+    out: str | Path,
+    world: World,
+    resume: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[..., Iterable] = lambda iterable, **_: iterable,
+) -> Trainer:
+    """A trainer for the images in ``data_dir``, see :func:`convnext_fast.data.list_folder`.
+
+    ``resume``: a checkpoint to go on from; "auto" is the one in ``out``, if there is one already.
+
+    Raises:
+        FileNotFoundError, ValueError: something in ``data_dir`` or ``out``, a checkpoint or an option is not as needed.
+        ImportError: a package of the extra ``train`` is missing.
+    """
+    folder, o = RunFolder(out), folder_options
+    augmentation = Augmentation(hflip=o.hflip, randaugment=o.randaugment) if o.augment else None
+    if augmentation is not None:
+        augmentation.check()
+
+    def prepare():
+        if resume is None and folder.last.exists():
+            raise ValueError(f"{folder.path} holds a run already; go on with --resume, or choose another --out")
+        if resume not in (None, "auto") and not Path(resume).is_file():
+            raise FileNotFoundError(f"--resume: checkpoint {resume} does not exist or is not a file")
+        listing = list_folder(data_dir, o.val_fraction, folder.path / "images.json", progress)
+        return listing, resume if resume != "auto" else (str(folder.last) if folder.last.exists() else None)
+
+    listing, resume_from = world.on_main(prepare)
+    torch.manual_seed(options.seed)
+    report = report if world.is_main else lambda line: None
+    model = _network(o, len(listing.class_names), report if resume_from is None else lambda line: None)
+    if o.image_size < model.reduction:
+        raise ValueError(f"image_size is {o.image_size}; {model.reduction} or more is allowed for {o.model}")
+    preprocessing = Preprocessing(image_size=o.image_size)
+    root = Path(listing.root)
+    task = Task(
+        model=model,
+        architecture={"name": o.model, "kwargs": {"num_classes": len(listing.class_names)}},
+        class_names=listing.class_names,
+        preprocessing=preprocessing,
+        train_data=ImageFiles(root, listing.train, preprocessing, augmentation, options.seed),
+        val_data=ImageFiles(root, listing.val, preprocessing),
+        settings={**asdict(o), "images": listing.fingerprint()},
+    )
+    trainer = Trainer(task, options, folder, world, report, progress)
+    if resume_from is not None:
+        trainer.load(resume_from)
+    return trainer
+
+
+def _network(o: FolderOptions, num_classes: int, report: Callable[[str], None]) -> nn.Module:
+    if o.pretrained:
+        model = create_model(o.model, pretrained=True, drop_path_rate=o.drop_path)
+    elif o.init_from is not None:
+        head = head_size(read_checkpoint(o.init_from))
+        model = create_model(o.model, num_classes=head, drop_path_rate=o.drop_path)
+        load_checkpoint(model, o.init_from)
+        report(f"initialised {o.model} from {o.init_from}")
+    else:
+        return create_model(o.model, num_classes=num_classes, drop_path_rate=o.drop_path)
+    if model.num_classes != num_classes:
+        report(
+            f"the checkpoint's head has {model.num_classes} classes, here are {num_classes}: re-initialised the head"
+        )
+        model.reset_classifier(num_classes)
+    return model
+
+
+def head_size(state_dict: dict) -> int:
+    """Number of classes of a checkpoint of any dialect; 0 where it has no head."""
+    head = convert_state_dict(state_dict, to="facebook").get("head.weight")
+    return 0 if head is None else len(head)
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Class names from a text file (one a line) or JSON: a list, or an object {"0": name} or {"0": [id, name]}.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is neither.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"class names file {path} does not exist or is not a file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        names = json.loads(text)
+        if isinstance(names, dict):
+            names = [names[str(i)] for i in range(len(names))]
+        return [str(name[-1] if isinstance(name, list) else name) for name in names]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        allowed = 'one name per line, or JSON: a list, {"0": name, ...} or {"0": [id, name], ...}'
+        raise ValueError(f"class names file {path} cannot be read; allowed: {allowed}") from error
