@@ -164,8 +164,17 @@ def triton_version() -> str | None:
     return None
 
 
-# Three facts that do not change while a process runs. torch.compile must not trace how they are found out.
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """torch.compile takes the result of ``function`` as it is and does not trace how it was found out.
+
+    What ``torch.compiler.assume_constant_result`` does, without the second that it takes to import Dynamo.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+# Three facts that do not change while a process runs.
+@_constant
 def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -175,7 +184,7 @@ def _why_not_triton() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _why_not_family(family: str) -> str | None:
     reason = _why_not_triton()
     if reason is None and importlib.util.find_spec(f"{__package__}.{family}.launch") is None:
@@ -183,7 +192,7 @@ def _why_not_family(family: str) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _why_not_cuda(index: int) -> str | None:
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; the kernels are built for NVIDIA GPUs"

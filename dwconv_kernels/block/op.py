@@ -29,9 +29,7 @@ _COUNT = 13
 
 
 def _unpack(tensors) -> tuple[Tensor, Parameters, Tensor | None]:
-    x, *parameters = tensors
-    row_scale = parameters.pop(_ROW_SCALE - 1)
-    return x, Parameters(*parameters), row_scale
+    return tensors[0], Parameters(*tensors[1:_ROW_SCALE], *tensors[_ROW_SCALE + 1 :]), tensors[_ROW_SCALE]
 
 
 def _forward(*arguments):
@@ -113,15 +111,13 @@ def _setup_raw(ctx, inputs, output) -> None:
 def _gradients(ctx, dout, *_):
     saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
     eps, memory, dtype, backend = ctx.settings
-    needs = list(ctx.needs_input_grad[:_COUNT])
-    del needs[_ROW_SCALE]
+    needs = (*ctx.needs_input_grad[:_ROW_SCALE], *ctx.needs_input_grad[_ROW_SCALE + 1 : _COUNT])
     x, p, _row_scale = _unpack(saved[:_COUNT])
     inputs = (x, *p)
     wanted = [need and tensor is not None for need, tensor in zip(needs, inputs, strict=True)]
     gradients = _BACKWARD(dout, *saved, eps, memory, dtype, wanted, backend)
-    result = list(registration.given(gradients, inputs, wanted))
-    result.insert(_ROW_SCALE, None)
-    return (*result, None, None, None, None)
+    given = registration.given(gradients, inputs, wanted)
+    return (*given[:_ROW_SCALE], None, *given[_ROW_SCALE:], None, None, None, None)
 
 
 _FORWARD = registration.register_operator(
@@ -163,7 +159,7 @@ def _check(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float, memor
         return
     if memory not in MEMORY:
         raise ValueError(f"memory is {memory!r}; allowed: {', '.join(MEMORY)}")
-    registration.check_same(x, p._asdict())
+    registration.check_same(x, dict(zip(Parameters._fields, p, strict=True)))  # Dynamo knows no _asdict
     depthwise.check_tensors(x, p.dw_weight, p.dw_bias, prefix="dw_")
     if p.dw_weight.shape[2] % 2 == 0 or p.dw_weight.shape[3] % 2 == 0:
         raise ValueError(f"dw_weight has shape {tuple(p.dw_weight.shape)}; (C, 1, KH, KW) with odd sizes is allowed")
@@ -171,9 +167,12 @@ def _check(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float, memor
     norm_linear.check_norm(channels, p.norm_weight, p.norm_bias, eps)
     norm_linear.check_linear("fc1_", p.fc1_weight, p.fc1_bias, channels)
     norm_linear.check_linear("fc2_", p.fc2_weight, p.fc2_bias, hidden)
-    vectors = {"layer_scale": (p.layer_scale, channels), "row_scale": (row_scale, x.shape[0])}
-    vectors |= {"grn_weight": (p.grn_weight, hidden), "grn_bias": (p.grn_bias, hidden)}
-    for name, (vector, size) in vectors.items():
+    for name, vector, size in (
+        ("layer_scale", p.layer_scale, channels),
+        ("row_scale", row_scale, x.shape[0]),
+        ("grn_weight", p.grn_weight, hidden),
+        ("grn_bias", p.grn_bias, hidden),
+    ):
         if vector is not None and vector.shape != (size,):
             raise ValueError(f"{name} has shape {tuple(vector.shape)}; ({size},) is allowed")
     if p.fc2_weight.shape[0] != channels:

@@ -423,4 +423,4 @@ def test_training_under_autocast(build):
         actual = torch.autograd.grad(loss, list(model.parameters()))
         for a, e in zip(actual, expected, strict=True):
             assert a.dtype == torch.float32
-            assert (a - e).norm() <= 0.05 * e.norm() + 1e-3
+            assert (a - e).norm() <= 0.1 * e.norm() + 1e-3

@@ -154,9 +154,23 @@ def test_importing_the_packages_imports_nothing_optional():
         before = set(sys.modules)
         import dwconv_kernels, convnext_fast
         names = "triton timm torchvision transformers safetensors matplotlib sklearn kornia tqdm PIL".split()
+        names.append("torch._dynamo")  # takes a second
         print([name for name in names if name in set(sys.modules) - before])
     """
     assert run_python(code).strip() == "[]"
+
+
+def test_facts_about_the_machine_are_constants_to_the_compiler(monkeypatch):
+    """Nothing of how they are found out can be traced; on a GPU every compiled call asks for all three."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+    def function(x):
+        reasons = (runtime._why_not_triton(), runtime._why_not_family("depthwise"), runtime._why_not_cuda(0))
+        return x + len([reason for reason in reasons if reason is None])
+
+    torch._dynamo.reset()
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(x), function(x))
 
 
 def test_an_old_triton_is_named(monkeypatch):

@@ -1,0 +1,5 @@
+"""Runs before any benchmark is imported."""
+
+from tests.torchvision_shim import install
+
+install()
