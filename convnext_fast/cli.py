@@ -18,13 +18,14 @@ import torch
 import dwconv_kernels as dk
 
 from . import __version__, list_models
+from .backend_in_use import describe_backend
 from .checkpoint import convert_state_dict, read_checkpoint, save_checkpoint
 from .classify import load_classifier
 from .demo import DATA, DemoFailed, run_demo
 from .dialects import DIALECTS
 from .distributed import join_world
 from .image_folder import FolderOptions, folder_trainer, read_class_names
-from .train import AMP_DTYPES, Interrupted, Options, describe_backend
+from .train import AMP_DTYPES, Interrupted, Options
 
 EXIT_ERROR, EXIT_DEMO_FAILED, EXIT_CTRL_C, EXIT_SIGTERM = 2, 1, 130, 143
 

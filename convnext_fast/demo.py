@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 import dwconv_kernels as dk
 
+from .backend_in_use import describe_backend
 from .data import Preprocessing, TensorImages
 from .distributed import World
 from .model import ConvNeXt
 from .run_folder import RunFolder, can_plot, save_atomically, write_atomically
-from .train import Options, Task, Trainer, describe_backend
+from .train import Options, Task, Trainer
 
 # Of fp32: two right implementations differ by rounding only, of which even the deepest gradient here has far less.
 TOLERANCE = 1e-4

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import dwconv_kernels as dk
 
+from .backend_in_use import describe_backend, kernels_take_blocks
 from .data import EpochBatches, Mixing, Preprocessing, ShardBatches, derive_seed
 from .distributed import World, outlive_signals, stop_workers
 from .run_folder import FORMAT, RunFolder, can_plot, read_run_checkpoint, save_atomically
@@ -120,25 +121,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def describe_backend(device: torch.device) -> str:
-    """Which backend of :mod:`dwconv_kernels` serves tensors of ``device``, and why not the kernels if these do not."""
-    setting = dk.current_backend()
-    if setting != "auto":
-        return f"{setting} (as set)"
-    if device.type != "cuda":
-        return f"torch (the kernels run on CUDA devices, this is {device.type})"
-    supported, reason = _kernels_take_blocks(device)
-    return "triton" if supported else f"torch ({reason})"
-
-
-def _kernels_take_blocks(device: torch.device) -> tuple[bool, str]:
-    """Would a block of ConvNeXt-T run on the kernels on this device, and why not?"""
-    vector, hidden = torch.empty(96, device=device), torch.empty(384, device=device)
-    x, taps = torch.empty(1, 96, 7, 7, device=device), torch.empty(96, 1, 7, 7, device=device)
-    fc1, fc2 = torch.empty(384, 96, device=device), torch.empty(96, 384, device=device)
-    return dk.supports(dk.convnext_block, x, taps, vector, vector, vector, fc1, hidden, fc2, vector, vector)
-
-
 def _plain_iter(iterable: Iterable, **_: Any) -> Iterable:
     return iterable
 
@@ -165,7 +147,7 @@ class Trainer:
         self.report = report if world.is_main else lambda line: None
         self.progress = progress if world.is_main else _plain_iter
         # Said now, not by the first block of the first step.
-        supported, reason = _kernels_take_blocks(world.device)
+        supported, reason = kernels_take_blocks(world.device)
         if dk.current_backend() == "triton" and not supported:
             raise ValueError(f"the backend is set to triton, which cannot run here: {reason}")
         peak = 4e-3 * options.batch_size * world.size / 4096 if options.lr is None else options.lr

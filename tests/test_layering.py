@@ -31,7 +31,8 @@ DWCONV_KERNELS = [
 ]  # fmt: skip
 CONVNEXT_FAST = [
     "block", "model", "dialects", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate", "backbone",
-    "__init__", "distributed", "run_folder", "data", "train", "image_folder", "classify", "demo", "cli", "__main__",
+    "__init__", "backend_in_use", "distributed", "run_folder", "data", "train", "image_folder", "classify", "demo",
+    "cli", "__main__",
 ]  # fmt: skip
 
 
