@@ -10,8 +10,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dwconv_kernels" / "_versio
 
 # matplotlib draws the loss curve, kornia augments batches of tensors (it imports beside a CPU build of torch, which
 # torchvision does not), scikit-learn ships the digits of the demo, safetensors reads the checkpoints of today.
-TRAIN = ["kornia>=0.7", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "tqdm"]
-PEERS = ["timm>=1.0.20", "torchvision", "transformers>=4.56"]
+TRAIN = ["kornia>=0.7", "matplotlib>=3.6", "numpy", "pillow>=9.5", "safetensors", "scikit-learn", "tqdm>=4.60"]
+# Every torchvision is built for one torch, and a free choice would take the newest of both, CUDA packages included, over
+# a torch that is there. The packages themselves need neither.
+PEERS = ["timm>=1.0.20", "torchvision==0.28.*", "transformers>=4.56"]
 
 setup(
     name="convnext-fast",
@@ -27,7 +29,7 @@ setup(
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,
-        "test": [*TRAIN, *PEERS, "pytest>=8"],
+        "test": [*TRAIN, *PEERS, "mlxtend", "pytest>=8"],
         "bench": [*PEERS, "pytest>=8", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["convnext-fast = convnext_fast.cli:main"]},

@@ -45,6 +45,9 @@ DEPTHWISE = [
     Depthwise(1, 255, 6, 5, 3, 3, padding=(1, 1), reason="many channels, not a power of two"),
     Depthwise(1, 1023, 3, 4, 3, 3, padding=(1, 1), reason="most channels"),
     Depthwise(2, 129, 4, 4, 1, 1, reason="one tap"),
+    Depthwise(2, 97, 5, 3, 5, 5, padding=(2, 2), reason="one channel more than a multiple of 32"),
+    Depthwise(1, 192, 7, 6, 7, 7, padding=(3, 3), reason="ConvNeXt-T, stage 2, smaller map"),
+    Depthwise(1, 768, 3, 4, 7, 7, padding=(3, 3), bias=False, reason="ConvNeXt-T, stage 4, smaller map"),
 ]
 
 EMPTY_MAPS = [(0, 4, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0), (2, 0, 5, 6), (0, 0, 0, 0)]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import dwconv_kernels as dk
 from dwconv_kernels import testing
-from tests.cases import EMPTY_MAPS
+from tests.cases import CHANNELS, EMPTY_MAPS
 from tests.dwconv_kernels.operands import block_operands, with_gradients
 
 ROW_SCALE = 10
@@ -56,6 +56,15 @@ CASES = [
 def test_float64_gradients_equal_pytorchs(shape, kernel, hidden, options, memory, backend):
     tensors = block_operands(shape, kernel, hidden, **options)
     actual = with_gradients(ours(backend, memory=memory), tensors, but=ROW_SCALE)
+    expected = with_gradients(pytorch, tensors, but=ROW_SCALE)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10 * max(1.0, e.abs().max().item()), msg=f"number {i}")
+
+
+@pytest.mark.parametrize("c", CHANNELS)
+def test_every_number_of_channels(c):
+    tensors = block_operands((1 + c % 2, c, 3, 2), (7, 7), 5 + c % 7, grn=c % 3 == 0, row_scale=c % 2 == 0)
+    actual = with_gradients(ours(), tensors, but=ROW_SCALE)
     expected = with_gradients(pytorch, tensors, but=ROW_SCALE)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10 * max(1.0, e.abs().max().item()), msg=f"number {i}")
