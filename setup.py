@@ -11,8 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dwconv_kernels" / "_versio
 # matplotlib draws the loss curve, kornia augments batches of tensors (it imports beside a CPU build of torch, which
 # torchvision does not), scikit-learn ships the digits of the demo, safetensors reads the checkpoints of today.
 TRAIN = ["kornia>=0.7", "matplotlib>=3.6", "numpy", "pillow>=9.5", "safetensors", "scikit-learn", "tqdm>=4.60"]
-# Every torchvision is built for one torch, and a free choice would take the newest of both, CUDA packages included, over
-# a torch that is there. The packages themselves need neither.
+# Every torchvision is built for one torch; a free choice would take the newest of both, with its CUDA packages, even
+# where a torch is there. The packages themselves need neither of these.
 PEERS = ["timm>=1.0.20", "torchvision==0.28.*", "transformers>=4.56"]
 
 setup(
