@@ -153,3 +153,67 @@ CLASSIFIERS: dict[str, tuple[str, bool, Builder]] = {
     "huggingface": ("huggingface", False, huggingface),
     "huggingface-v2": ("huggingface", True, lambda: huggingface(v2=True)),
 }
+
+
+# One network of every variant, each with the dialect that it must be told to be.
+VARIANTS = {
+    **{name: (dialect, v2, build) for name, (dialect, v2, build) in CLASSIFIERS.items()},
+    "ours": ("facebook", False, ours),
+    "ours-v2": ("facebook", True, lambda: ours(v2=True)),
+    "huggingface-bare": ("huggingface", False, lambda: huggingface(kind="Model")),
+    "huggingface-v2-bare": ("huggingface", True, lambda: huggingface(v2=True, kind="Model")),
+    "dinov3": ("dinov3", False, dinov3),
+    "dinov3-backbone": ("dinov3", False, lambda: dinov3("Backbone")),
+}
+HEADLESS = {"huggingface-bare", "huggingface-v2-bare", "dinov3", "dinov3-backbone"}
+PAIRS = list(itertools.product(VARIANTS, VARIANTS))
+
+
+def state_of(name: str) -> dict[str, Tensor]:
+    return randomise(VARIANTS[name][2]()).state_dict()
+
+
+def v1() -> dict[str, Tensor]:
+    return randomise(ours()).state_dict()
+
+
+def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
+def mmpretrain_state(v2: bool = False) -> dict[str, Tensor]:
+    """A classifier's names as mmpretrain 1.2 writes them, spelled out for depths (1, 1, 1, 1)."""
+    state: dict[str, Tensor] = {}
+
+    def put(name: str, *shape: int) -> None:
+        state[name] = torch.rand(shape, generator=torch.Generator().manual_seed(len(state)))
+
+    for i, (before, dim) in enumerate(zip((3, *DIMS), DIMS, strict=False)):
+        conv, norm = (0, 1) if i == 0 else (1, 0)
+        patch = 4 if i == 0 else 2
+        put(f"backbone.downsample_layers.{i}.{conv}.weight", dim, before, patch, patch)
+        put(f"backbone.downsample_layers.{i}.{conv}.bias", dim)
+        put(f"backbone.downsample_layers.{i}.{norm}.weight", dim if i == 0 else before)
+        put(f"backbone.downsample_layers.{i}.{norm}.bias", dim if i == 0 else before)
+        block = f"backbone.stages.{i}.0"
+        if not v2:
+            put(f"{block}.gamma", dim)
+        put(f"{block}.depthwise_conv.weight", dim, 1, 7, 7)
+        put(f"{block}.depthwise_conv.bias", dim)
+        put(f"{block}.norm.weight", dim)
+        put(f"{block}.norm.bias", dim)
+        put(f"{block}.pointwise_conv1.weight", 4 * dim, dim)
+        put(f"{block}.pointwise_conv1.bias", 4 * dim)
+        if v2:
+            put(f"{block}.grn.gamma", 4 * dim)
+            put(f"{block}.grn.beta", 4 * dim)
+        put(f"{block}.pointwise_conv2.weight", dim, 4 * dim)
+        put(f"{block}.pointwise_conv2.bias", dim)
+    put("backbone.norm3.weight", DIMS[-1])
+    put("backbone.norm3.bias", DIMS[-1])
+    put("head.fc.weight", CLASSES, DIMS[-1])
+    put("head.fc.bias", CLASSES)
+    return state
