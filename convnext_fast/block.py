@@ -1,6 +1,7 @@
 """The ConvNeXt block (V1: https://arxiv.org/abs/2201.03545, V2: https://arxiv.org/abs/2301.00808)."""
 
-from __future__ import annotations
+# No "from __future__ import annotations" here: torch.fx takes annotations of forward as they are, and cannot pickle a
+# traced module where they are strings.
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,20 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def row_scale(self, x: Tensor) -> Tensor | None:
-        """ρ of shape (N,), in the dtype of x (N, ...); None where nothing is dropped."""
+        """ρ of shape (N,) for x (N, ...); None where nothing is dropped.
+
+        In fp32 (float64 for such x): under autocast the branch may be wider than x, and 1/keep must not be narrower.
+        """
         if self.drop_prob == 0.0 or not self.training:
             return None
         keep_prob = 1.0 - self.drop_prob
-        return x.new_empty((x.shape[0],)).bernoulli_(keep_prob).div_(keep_prob)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scale = x.new_empty((x.shape[0],), dtype=dtype).bernoulli_(keep_prob)
+        return scale.div_(keep_prob) if keep_prob > 0 else scale
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.row_scale(x)
-        return x if scale is None else x * scale.view(-1, *(1,) * (x.ndim - 1))
+        return x if scale is None else x * scale.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"
@@ -84,7 +90,11 @@ class Block(nn.Module):
         kernel_size: odd width of the depthwise convolution.
         use_grn: the V2 block, with global response normalisation after GELU.
         norm_eps: ε of the layer norm.
-        memory: what the operator saves for the backward pass, see :func:`dk.convnext_block`.
+        memory: what the operator saves for the backward pass, see :func:`dk.convnext_block`. Children that are called
+            one after another save what PyTorch saves, whatever this is.
+
+    Raises:
+        ValueError: an argument is not one of the allowed.
     """
 
     def __init__(
@@ -103,6 +113,12 @@ class Block(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}; a positive odd number is allowed")
+        if layer_scale_init_value is None:  # as timm spells a block without it
+            layer_scale_init_value = 0.0
+        if not layer_scale_init_value >= 0:
+            raise ValueError(f"layer_scale_init_value is {layer_scale_init_value}; 0 (none) or more is allowed")
+        if memory not in dk.MEMORY:
+            raise ValueError(f"memory is {memory!r}; allowed: {', '.join(dk.MEMORY)}")
         made = {"device": device, "dtype": dtype}
         self.dwconv = dk.DepthwiseConv2d(dim, dim, kernel_size, padding=kernel_size // 2, **made)
         self.norm = nn.LayerNorm(dim, eps=norm_eps, **made)
@@ -117,7 +133,7 @@ class Block(nn.Module):
         self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._children_are_plain():
+        if not (self._children_are_plain() and self._dtypes_agree(x)):
             return x + self.drop_path(self._branch(x))
         grn_weight, grn_bias = (None, None) if self.grn is None else self.grn.vectors()
         row_scale = self.drop_path.row_scale(x) if isinstance(self.drop_path, DropPath) else None
@@ -146,12 +162,20 @@ class Block(nn.Module):
             x = self.gamma * x
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
+    def _dtypes_agree(self, x: Tensor) -> bool:
+        grn = None if self.grn is None else self.grn.gamma
+        weights = (self.dwconv.weight, self.norm.weight, self.pwconv1.weight, self.pwconv2.weight, self.gamma, grn)
+        return dk.dtypes_agree(x, *weights)
+
     def _children_are_plain(self) -> bool:
         conv = self.dwconv
         return (
             dk.is_plain(conv, dk.DepthwiseConv2d, nn.Conv2d)
+            and conv.groups == conv.in_channels == conv.out_channels
+            and conv.padding_mode == "zeros"
             and conv.stride == (1, 1)
             and conv.dilation == (1, 1)
+            and conv.kernel_size[0] % 2 == conv.kernel_size[1] % 2 == 1
             and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
             and dk.is_plain(self.norm, nn.LayerNorm)
             and dk.is_plain(self.pwconv1, nn.Linear)

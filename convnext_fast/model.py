@@ -1,6 +1,7 @@
 """ConvNeXt and isotropic ConvNeXt, with the constructor arguments and state_dict keys of the original repository."""
 
-from __future__ import annotations
+# No "from __future__ import annotations" here: torch.fx takes annotations of forward as they are, and cannot pickle a
+# traced module where they are strings.
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+import dwconv_kernels as dk
 
 from .block import Block
 
@@ -41,7 +44,7 @@ class _Classifier(nn.Module):
                 self.head.bias.mul_(head_init_scale)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations, wherever gradients are on."""
         self.grad_checkpointing = bool(enable)
 
     def get_classifier(self) -> nn.Module:
@@ -60,10 +63,13 @@ class _Classifier(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def _run_blocks(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
-        if not (self.grad_checkpointing and self.training):
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return blocks(x)
         for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False)
+            if torch.compiler.is_compiling():  # the backend is part of what was compiled
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = checkpoint(_run_on, dk.current_backend(), block, x, use_reentrant=False)
         return x
 
     def _check_images(self, x: Tensor) -> None:
@@ -105,7 +111,7 @@ class ConvNeXt(_Classifier):
         patch_size: width and stride of the stem's convolution.
         norm_eps: ε of every layer norm.
         features_only: return the list of the maps ``out_indices`` (N, C_i, H_i, W_i) instead of logits; such a network
-            has neither final norm nor head.
+            has neither final norm nor head, and no stage after the last of these.
         out_indices: stages whose maps ``features_only`` returns, negative ones counted from the end.
         memory: what each block saves for the backward pass, see :func:`dwconv_kernels.convnext_block`.
         device, dtype: of the parameters.
@@ -138,13 +144,19 @@ class ConvNeXt(_Classifier):
     ):
         super().__init__()
         depths, dims = tuple(depths), tuple(dims)
+        _check_sizes(in_chans, num_classes, patch_size)
         if len(depths) != 4 or len(dims) != 4 or min(depths) < 1 or min(dims) < 1:
             raise ValueError(f"depths is {depths} and dims is {dims}; four positive numbers each are allowed")
         if out_indices is not None and not features_only:
             raise ValueError("out_indices is given without features_only=True, which is what returns those maps")
         made = {"device": device, "dtype": dtype}
-        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
-        self.reduction = 8 * patch_size
+        # A feature extractor ends with its last map: DistributedDataParallel wants no idle parameters.
+        self.out_indices = _stage_indices(out_indices) if features_only else None
+        count = max(self.out_indices) + 1 if features_only else 4
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        depths, dims = depths[:count], dims[:count]
+        self.in_chans, self.num_classes, self.num_features = in_chans, 0 if features_only else num_classes, dims[-1]
+        self.reduction = patch_size << (count - 1)
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size << i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
@@ -158,7 +170,6 @@ class ConvNeXt(_Classifier):
             norm = LayerNorm2d(dim, eps=norm_eps, **made)
             self.downsample_layers.append(nn.Sequential(norm, nn.Conv2d(dim, next_dim, 2, stride=2, **made)))
 
-        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList()
         for depth, dim in zip(depths, dims, strict=True):
             blocks = [
@@ -170,18 +181,18 @@ class ConvNeXt(_Classifier):
             ]  # fmt: skip
             self.stages.append(nn.Sequential(*blocks))
 
-        self.out_indices = _stage_indices(out_indices) if features_only else None
-        if features_only:
-            self.norm, self.head = nn.Identity(), nn.Identity()
-        else:
-            self.norm = nn.LayerNorm(dims[-1], eps=norm_eps, **made)
-            self.head = nn.Linear(dims[-1], num_classes, **made) if num_classes > 0 else nn.Identity()
+        self.norm = nn.Identity() if features_only else nn.LayerNorm(dims[-1], eps=norm_eps, **made)
+        self.head = nn.Linear(dims[-1], num_classes, **made) if self.num_classes > 0 else nn.Identity()
         self._init_weights(head_init_scale)
 
     def forward_maps(self, x: Tensor, out_indices: Sequence[int] | None = None) -> list[Tensor]:
-        """The maps (N, C_i, H_i, W_i) after the stages ``out_indices`` (all four by default), not normalised."""
+        """The maps (N, C_i, H_i, W_i) after the stages ``out_indices`` (all there are by default), not normalised."""
         self._check_images(x)
-        wanted = _stage_indices(out_indices)
+        wanted = tuple(range(len(self.stages))) if out_indices is None else _stage_indices(out_indices)
+        if max(wanted) >= len(self.stages):
+            raise ValueError(
+                f"out_indices is {tuple(out_indices)}; this network was built with {len(self.stages)} stages"
+            )
         maps = []
         for i in range(max(wanted) + 1):
             x = self._run_blocks(self.stages[i], self.downsample_layers[i](x))
@@ -190,6 +201,8 @@ class ConvNeXt(_Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pooled and normalised features (N, C) of images x (N, in_chans, H, W)."""
+        if self.out_indices is not None:
+            raise ValueError("forward_features: this network was built with features_only=True and has no final norm")
         return self._pool(self.forward_maps(x, (3,))[0])
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -228,6 +241,7 @@ class ConvNeXtIsotropic(_Classifier):
         dtype=None,
     ):
         super().__init__()
+        _check_sizes(in_chans, num_classes, patch_size)
         made = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dim
         self.reduction = patch_size
@@ -249,14 +263,34 @@ class ConvNeXtIsotropic(_Classifier):
         return self._pool(self._run_blocks(self.blocks, x))
 
 
+def _run_on(backend: str, block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)`` on the backend of the first time, also when it runs again inside the backward pass."""
+    with dk.backend(backend):
+        return block(x)
+
+
 def drop_path_rates(rate: float, count: int) -> list[float]:
     """``count`` probabilities growing linearly from 0 to ``rate``."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate is {rate}; a probability in [0, 1) is allowed")
     return torch.linspace(0, rate, count, device="cpu").tolist()
+
+
+def _check_sizes(in_chans: int, num_classes: int, patch_size: int) -> None:
+    for name, value, lowest in (
+        ("in_chans", in_chans, 1),
+        ("num_classes", num_classes, 0),
+        ("patch_size", patch_size, 1),
+    ):
+        if not isinstance(value, int) or value < lowest:
+            raise ValueError(f"{name} is {value!r}; an integer of at least {lowest} is allowed")
 
 
 def _stage_indices(out_indices: Sequence[int] | None) -> tuple[int, ...]:
     if out_indices is None:
         return (0, 1, 2, 3)
+    if not isinstance(out_indices, Sequence):
+        raise ValueError(f"out_indices is {out_indices!r}; a sequence of stages is allowed")
     indices = tuple(i + 4 if i < 0 else i for i in out_indices)
     if not indices or any(i not in range(4) for i in indices) or len(set(indices)) != len(indices):
         raise ValueError(f"out_indices is {tuple(out_indices)}; different stages out of 0, 1, 2, 3 are allowed")

@@ -5,13 +5,14 @@ documentation names. ``supports`` says whether a call runs on the kernels, ``bac
 """
 
 from ._version import __version__
-from .block.op import convnext_block
+from .block.op import MEMORY, convnext_block
 from .depthwise.op import depthwise_conv2d
-from .modules import DepthwiseConv2d, LayerNormLinear, is_plain
+from .modules import DepthwiseConv2d, LayerNormLinear, dtypes_agree, is_plain
 from .norm_linear.op import layer_norm_linear
 from .runtime import backend, current_backend, kernel_status, supports
 
 __all__ = [
+    "MEMORY",
     "DepthwiseConv2d",
     "LayerNormLinear",
     "__version__",
@@ -19,6 +20,7 @@ __all__ = [
     "convnext_block",
     "current_backend",
     "depthwise_conv2d",
+    "dtypes_agree",
     "is_plain",
     "kernel_status",
     "layer_norm_linear",

@@ -1,12 +1,15 @@
 """Modules on the operators: the same parameters and state_dict keys as what they replace."""
 
-from __future__ import annotations
+# No "from __future__ import annotations" here: torch.fx takes annotations of forward as they are, and cannot pickle a
+# traced module where they are strings.
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .depthwise.op import depthwise_conv2d
 from .norm_linear.op import layer_norm_linear
+from .registration import overridden
 
 # Hooks on the calls of all modules; these dictionaries are filled and emptied, never replaced.
 _GLOBAL_HOOKS = (
@@ -52,6 +55,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) → (N, C, OH, OW) or (C, OH, OW)."""
+        if self.padding_mode != "zeros" or "_conv_forward" in self.__dict__:  # changed after construction
+            return super().forward(x)
         return depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
 
@@ -93,15 +98,34 @@ class LayerNormLinear(nn.Sequential):
         if not plain or (len(self) == 3 and self[2].approximate != "none") or len(self[0].normalized_shape) != 1:
             return super().forward(x)
         norm, linear = self[0], self[1]
+        if not dtypes_agree(x, norm.weight, linear.weight):
+            return super().forward(x)
         activation = "gelu" if len(self) == 3 else None
         return layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, activation)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A child; a slice is an ordinary ``nn.Sequential``."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+
+def dtypes_agree(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Have all ``parameters`` one dtype, or does autocast make one of them?
+
+    Where not (norms kept in fp32 inside a bf16 network), what comes out is for the ordinary modules to say.
+    """
+    if isinstance(x, torch.fx.Proxy):  # symbolic tracing has no dtypes to look at
+        return True
+    if len({parameter.dtype for parameter in parameters if parameter is not None}) <= 1:
+        return True
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Is calling ``module`` the same as computing the formula of one of ``kinds`` on its parameters?
 
-    No where it is of another class (LoRA, quantisation, parametrisation and graph rewriting all change the class) or
-    where anybody waits for its call: hooks on it, or on all modules.
+    No where it is of another class (LoRA, parametrisation and graph rewriting change the class), where its parameters
+    are of a tensor class with functions of its own (torchao's quantised weights), or where anybody waits for its call:
+    hooks on it, or on all modules. FlopCounterMode puts such hooks on all modules while it counts.
     """
     return (
         type(module) in kinds
@@ -110,5 +134,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__  # an instance whose forward somebody replaced
+        and "_conv_forward" not in module.__dict__
+        and not overridden(module._parameters.values())
         and not any(_GLOBAL_HOOKS)
     )

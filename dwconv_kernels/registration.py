@@ -124,14 +124,35 @@ def check_same(x: Tensor, others: dict[str, Tensor | None]) -> None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; a tensor is allowed")
-    autocast = runtime.autocast_dtype(x) is not None
+    dtype, device = x.dtype, x.device
     for name, other in others.items():
-        if other is None:
+        if other is None or (isinstance(other, Tensor) and other.dtype == dtype and other.device == device):
             continue
         if not isinstance(other, Tensor):
             raise TypeError(f"{name} is a {type(other).__name__}; a tensor is allowed")
         if other.device != x.device:
             raise RuntimeError(f"{name} is on {other.device}; the device of x, {x.device}, is allowed")
-        castable = autocast and other.is_floating_point() and other.dtype != torch.float64
+        floating = other.is_floating_point() and other.dtype != torch.float64
+        castable = floating and runtime.autocast_dtype(x) is not None
         if other.dtype != x.dtype and not castable:
             raise TypeError(f"{name} is {other.dtype}; the dtype of x, {x.dtype}, is allowed (or autocast)")
+
+
+def overridden(tensors: Sequence) -> bool:
+    """Is one of them a tensor subclass with a ``__torch_function__`` of its own (torchao's quantised weights)?
+
+    What such a class can do, it does for PyTorch's functions; so it is given the composition of those. Proxies of
+    torch.fx are no tensors: for them, the public function is what is recorded.
+    """
+    disabled = torch._C._disabled_torch_function_impl
+    return any(
+        isinstance(t, Tensor) and type(t) is not Tensor and type(t).__torch_function__ is not disabled for t in tensors
+    )
+
+
+def why_not_tensors(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why a kernel cannot read these tensors: wrappers (DTensor, quantised ones) have no memory of their own."""
+    for t in tensors:
+        if t is not None and hasattr(t, "__tensor_flatten__"):
+            return f"an argument is a {type(t).__name__}, which wraps other tensors"
+    return None

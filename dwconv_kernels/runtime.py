@@ -32,7 +32,9 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_backend = _checked(os.environ.get("DWCONV_KERNELS_BACKEND", "auto"), "environment variable DWCONV_KERNELS_BACKEND")
+_DEFAULT = _checked(os.environ.get("DWCONV_KERNELS_BACKEND", "auto"), "environment variable DWCONV_KERNELS_BACKEND")
+_entered: list[str] = []  # backends of the context managers that are open, the latest last
+_backend = _DEFAULT
 
 
 def current_backend() -> str:
@@ -41,9 +43,10 @@ def current_backend() -> str:
 
 
 class backend:
-    """Context manager: run this package's operators on one backend, in the whole process.
+    """Context manager: run this package's operators on one backend, in the whole process, all threads of it.
 
-    A backward pass runs on the backend of its forward pass, wherever it is called.
+    A backward pass runs on the backend of its forward pass, wherever it is called. (What ``torch.utils.checkpoint``
+    computes a second time is a forward pass, and runs on the backend that is in force then.)
 
     - ``auto``: CUDA tensors on the kernels where :func:`supports` says yes, everything else on ``torch``;
     - ``triton``: the kernels, or an error that says why not;
@@ -56,17 +59,20 @@ class backend:
 
     def __init__(self, name: str):
         self.name = _checked(name, "name")
-        self._outer: list[str] = []  # a stack, so that one object may be entered again inside itself
 
     def __enter__(self) -> backend:
         global _backend
-        self._outer.append(_backend)
+        _entered.append(self.name)
         _backend = self.name
         return self
 
     def __exit__(self, *_) -> None:
+        # Not "what was before": threads may leave in another order than they came.
         global _backend
-        _backend = self._outer.pop()
+        _entered.reverse()
+        _entered.remove(self.name)
+        _entered.reverse()
+        _backend = _entered[-1] if _entered else _DEFAULT
 
 
 def select(operator: str, x: Tensor, why_not: Callable[[], str | None]) -> str:
@@ -79,11 +85,14 @@ def select(operator: str, x: Tensor, why_not: Callable[[], str | None]) -> str:
 
     Raises:
         RuntimeError: the backend in force is ``triton`` and the kernels cannot take this call.
+        TypeError: it is ``reference`` and x is not floating-point.
     """
     chosen = _backend
     if chosen == "auto":
         # Exporters know ATen's operators and not ours; the composition is what they can convert.
         return "triton" if x.is_cuda and not exporting() and why_not() is None else "torch"
+    if chosen == "reference" and not x.is_floating_point():
+        raise TypeError(f'x is {x.dtype}; floating-point dtypes are allowed under backend("reference")')
     if chosen == "triton":
         reason = why_not()
         if reason is not None:
@@ -134,8 +143,6 @@ def why_not_device(family: str, x: Tensor) -> str | None:
 def kernel_status() -> tuple[bool, str]:
     """Do kernels run on this machine's GPU at all? ``(True, "")``, or ``(False, reason)``."""
     reason = _why_not_triton()
-    if reason is None and not torch.cuda.is_available():
-        reason = "PyTorch sees no CUDA device"
     reason = reason or _why_not_cuda(-1)
     if reason is None and all(_why_not_family(family) for family in FAMILIES):
         reason = _why_not_family(FAMILIES[0])
@@ -196,6 +203,8 @@ def _why_not_family(family: str) -> str | None:
 def _why_not_cuda(index: int) -> str | None:
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; the kernels are built for NVIDIA GPUs"
+    if not torch.cuda.is_available():  # fake tensors can be on devices that are not there
+        return "PyTorch sees no CUDA device"
     capability = torch.cuda.get_device_capability(index if index >= 0 else None)
     if capability < MIN_CAPABILITY:
         return f"the GPU is sm_{capability[0]}{capability[1]}; the kernels need sm_80 or newer"

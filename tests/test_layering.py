@@ -17,9 +17,9 @@ MAY_IMPORT = {
     "kernels": {"triton", "primitives"},
     "kernels_gluon": {"triton", "primitives"},
     "config": set(),
-    "reference": {"torch"},
-    "launch": {"torch", "runtime", "registration", "kernels", "kernels_gluon", "config"},
-    "op": {"torch", "runtime", "registration", "reference"},
+    "reference": {"torch", "dtypes"},
+    "launch": {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluon", "config"},
+    "op": {"torch", "runtime", "registration", "dtypes", "reference"},
     "__init__": set(),
 }
 # The block is made of the other two: it alone may stand on another family.
@@ -27,7 +27,7 @@ BLOCK_STANDS_ON = {"launch": {"launch"}, "reference": {"reference"}, "op": {"op"
 
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [
-    "_version", "runtime", "primitives", "testing", "registration", "FAMILIES", "modules", "self_check", "__init__",
+    "_version", "dtypes", "runtime", "primitives", "testing", "registration", "FAMILIES", "modules", "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
     "block", "model", "dialects", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate", "backbone",

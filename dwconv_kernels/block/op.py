@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import registration, runtime
 from ..depthwise import op as depthwise
+from ..dtypes import sum_dtype
 from ..norm_linear import op as norm_linear
 from . import reference
 from .reference import Parameters, Saved
@@ -46,7 +47,7 @@ def _forward_fake(*arguments):
     *tensors, _eps, memory, dtype, _backend = arguments
     x, p, _ = _unpack(tensors)
     n, c, h, w = x.shape
-    wide = reference.sum_dtype(dtype)
+    wide = sum_dtype(dtype)
     kept = memory != "lean"
     return (
         registration.empty_map(x, x.shape, reference.block_dtype(x, p.layer_scale, dtype)),
@@ -160,6 +161,12 @@ def _check(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float, memor
     if memory not in MEMORY:
         raise ValueError(f"memory is {memory!r}; allowed: {', '.join(MEMORY)}")
     registration.check_same(x, dict(zip(Parameters._fields, p, strict=True)))  # Dynamo knows no _asdict
+    if row_scale is not None and not isinstance(row_scale, Tensor):
+        raise TypeError(f"row_scale is a {type(row_scale).__name__}; a tensor is allowed")
+    if row_scale is not None and row_scale.requires_grad:
+        raise ValueError("row_scale requires a gradient, and has none; a tensor that does not is allowed")
+    if row_scale is not None and row_scale.device != x.device:
+        raise RuntimeError(f"row_scale is on {row_scale.device}; the device of x, {x.device}, is allowed")
     depthwise.check_tensors(x, p.dw_weight, p.dw_bias, prefix="dw_")
     if p.dw_weight.shape[2] % 2 == 0 or p.dw_weight.shape[3] % 2 == 0:
         raise ValueError(f"dw_weight has shape {tuple(p.dw_weight.shape)}; (C, 1, KH, KW) with odd sizes is allowed")
@@ -179,10 +186,6 @@ def _check(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float, memor
         raise ValueError(f"fc2_weight has shape {tuple(p.fc2_weight.shape)}; (C, D) with C={channels} is allowed")
     if (p.grn_weight is None) != (p.grn_bias is None):
         raise ValueError("one of grn_weight and grn_bias is None; both or neither is allowed")
-    if row_scale is not None and row_scale.requires_grad:
-        raise ValueError("row_scale requires a gradient, and has none; a tensor that does not is allowed")
-    if row_scale is not None and row_scale.device != x.device:
-        raise RuntimeError(f"row_scale is on {row_scale.device}; the device of x, {x.device}, is allowed")
 
 
 def why_not(
@@ -199,7 +202,7 @@ def why_not(
 
 
 def _why_not(x: Tensor, p: Parameters, row_scale: Tensor | None) -> str | None:
-    reason = runtime.why_not_device("block", x)
+    reason = runtime.why_not_device("block", x) or registration.why_not_tensors((x, *p))
     if reason is not None:
         return reason
     return runtime.launchers("block").why_not(x, p, row_scale)
@@ -214,7 +217,8 @@ def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) 
     if p.grn_weight is not None:
         norm = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
         relative = norm / (norm.mean(-1, keepdim=True) + reference.GRN_EPS)
-        h = h * (1 + p.grn_weight * relative) + p.grn_bias
+        # Not h·(1 + w·R): in half precision that sum would be rounded once for all pixels of a channel.
+        h = h + (h * (p.grn_weight * relative) + p.grn_bias)
     t = F.linear(h, p.fc2_weight, p.fc2_bias)
     scale = p.layer_scale
     if row_scale is not None:
@@ -287,6 +291,8 @@ def convnext_block(
         row_scale, grn_weight, grn_bias,
     )  # fmt: skip
     if has_torch_function(tensors):
+        if registration.overridden(tensors):
+            return composition(*_unpack(tensors), eps)
         return handle_torch_function(convnext_block, tensors, *tensors, eps=eps, memory=memory)
     x, p, row_scale = _unpack(tensors)
     _check(x, p, row_scale, eps, memory)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..depthwise.reference import depthwise_conv2d_backward_reference, depthwise_conv2d_reference
+from ..dtypes import sum_dtype
 from ..norm_linear.reference import (
     gelu,
     gelu_derivative,
@@ -21,7 +22,6 @@ from ..norm_linear.reference import (
     rows,
     scaled,
     statistics,
-    sum_dtype,
 )
 
 GRN_EPS = 1e-6

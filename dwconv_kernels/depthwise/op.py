@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,12 +102,18 @@ class DepthwiseConv2dFunction(torch.autograd.Function):
 
 
 def _pair(name: str, value: int | Pair, lowest: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) == 1:  # F.conv2d takes one number in a list, too
         pair = pair * 2
+    if len(pair) == 2 and torch.jit.is_tracing():  # these may be traced values, which cannot be compared
+        return pair
+    allowed = f"an integer or a pair of integers, at least {lowest}, is allowed"
+    if not all(isinstance(number, (int, torch.SymInt)) or hasattr(number, "__index__") for number in pair):
+        raise TypeError(f"{name} is {value!r}; {allowed}")
     if len(pair) != 2 or min(pair) < lowest:
-        raise ValueError(f"{name} is {value!r}; an integer or a pair of integers, at least {lowest}, is allowed")
-    return pair
+        raise ValueError(f"{name} is {value!r}; {allowed}")
+    first, second = (n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in pair)  # NumPy's integers
+    return first, second
 
 
 def _same_padding(kernel: Pair, stride: Pair, dilation: Pair) -> tuple[Pair, tuple[int, int, int, int]]:
@@ -161,12 +169,14 @@ def _check_output(x, weight, stride, padding, dilation, more) -> None:
 
 def why_not(x, weight, bias=None, stride=1, padding=0, dilation=1) -> str | None:
     """Why the kernels cannot take this call of :func:`depthwise_conv2d`; None where they can."""
+    if isinstance(x, Tensor) and x.ndim == 3:
+        x = x.unsqueeze(0)
     stride, padding, dilation, more = _check(x, weight, bias, stride, padding, dilation)
     return _why_not(x, weight, stride, padding, dilation, more)
 
 
 def _why_not(x, weight, stride, padding, dilation, more) -> str | None:
-    reason = runtime.why_not_device("depthwise", x)
+    reason = runtime.why_not_device("depthwise", x) or registration.why_not_tensors((x, weight))
     if reason is not None:
         return reason
     if more is not None:
@@ -181,7 +191,8 @@ def is_empty(x: Tensor) -> bool:
 
 def composition(x, weight, bias, stride, padding, dilation) -> Tensor:
     """PyTorch's own convolution, for the backend ``torch``."""
-    if weight.requires_grad and torch.is_grad_enabled() and not runtime.exporting():
+    channels_last = weight.stride(1) == 1  # of the weight; that of x alone decides the memory format of the result
+    if (channels_last or (weight.requires_grad and torch.is_grad_enabled())) and not runtime.exporting():
         weight = with_plain_strides(weight)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
 
@@ -228,10 +239,12 @@ def depthwise_conv2d(
         RuntimeError: the backend is ``triton`` and its kernels cannot take the call; devices differ.
     """
     if has_torch_function((x, weight, bias)):
+        if registration.overridden((x, weight, bias)):
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups=weight.shape[0])
         return handle_torch_function(
             depthwise_conv2d, (x, weight, bias), x, weight, bias, stride=stride, padding=padding, dilation=dilation
         )
-    if x.ndim == 3:
+    if isinstance(x, Tensor) and x.ndim == 3:
         return depthwise_conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation).squeeze(0)
     stride, padding, dilation, more = _check(x, weight, bias, stride, padding, dilation)
     chosen = runtime.select("depthwise_conv2d", x, lambda: _why_not(x, weight, stride, padding, dilation, more))

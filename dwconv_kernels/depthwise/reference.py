@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dtypes import sum_dtype
+
 Pair = tuple[int, int]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are summed."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -42,7 +39,7 @@ def depthwise_conv2d_reference(
 
     ``y[n,c,h,w] = bias[c] + Σ_ij x[n, c, h·s+i·d−p, w·s+j·d−p] · weight[c,0,i,j]``
     """
-    dtype = compute_dtype(x.dtype)
+    dtype = sum_dtype(x.dtype)
     kernel = weight.shape[2:]
     size = [output_size(x.shape[2 + k], kernel[k], stride[k], padding[k], dilation[k]) for k in range(2)]
     y = torch.zeros(*x.shape[:2], *size, dtype=dtype, device=x.device)
@@ -67,7 +64,7 @@ def depthwise_conv2d_backward_reference(
     - ``dw[c,0,i,j] = Σ_nhw dy[n,c,h,w] · x[n, c, h·s+i·d−p, w·s+j·d−p]``
     - ``db[c] = Σ_nhw dy[n,c,h,w]``
     """
-    dtype = compute_dtype(x.dtype)
+    dtype = sum_dtype(x.dtype)
     dy, kernel = dy.to(dtype), weight.shape[2:]
     padded = F.pad(x.to(dtype), (padding[1], padding[1], padding[0], padding[0]))
     taps = weight.to(x.dtype).to(dtype)[:, 0, :, :, None, None]  # (C, KH, KW, 1, 1)

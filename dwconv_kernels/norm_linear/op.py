@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import registration, runtime
+from ..dtypes import sum_dtype
 from . import reference
 
 ACTIVATIONS = (None, "gelu")
@@ -25,7 +26,7 @@ def _forward(x, norm_weight, norm_bias, weight, bias, eps, activation, dtype, ba
 
 
 def _forward_fake(x, norm_weight, norm_bias, weight, bias, eps, activation, dtype, backend):
-    statistics = [x.new_empty(x.shape[:-1], dtype=reference.sum_dtype(x.dtype)) for _ in range(2)]
+    statistics = [x.new_empty(x.shape[:-1], dtype=sum_dtype(x.dtype)) for _ in range(2)]
     return (x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype), *statistics)
 
 
@@ -113,6 +114,8 @@ def check_norm(x_channels: int, norm_weight: Tensor | None, norm_bias: Tensor | 
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if parameter is not None and parameter.shape != (x_channels,):
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}; (C,) with C={x_channels} is allowed")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps is {eps!r}; a number is allowed")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; 0 or more is allowed")
 
@@ -145,7 +148,7 @@ def why_not(x, norm_weight, norm_bias, weight, bias=None, eps=1e-6, activation=N
 
 
 def _why_not(x, norm_weight, norm_bias, weight, bias) -> str | None:
-    reason = runtime.why_not_device("norm_linear", x)
+    reason = runtime.why_not_device("norm_linear", x) or registration.why_not_tensors((x, norm_weight, weight))
     if reason is not None:
         return reason
     return runtime.launchers("norm_linear").why_not(x, norm_weight, norm_bias, weight, bias)
@@ -153,7 +156,10 @@ def _why_not(x, norm_weight, norm_bias, weight, bias) -> str | None:
 
 def composition(x, norm_weight, norm_bias, weight, bias, eps, activation) -> Tensor:
     """PyTorch's own operators, for the backend ``torch``."""
-    y = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    channels = weight.shape[1]
+    if torch.jit.is_tracing():  # ONNX's layer norm wants a number, not a traced size
+        channels = int(channels)
+    y = F.linear(F.layer_norm(x, (channels,), norm_weight, norm_bias, eps), weight, bias)
     return F.gelu(y) if activation == "gelu" else y
 
 
@@ -189,6 +195,8 @@ def layer_norm_linear(
     """
     tensors = (x, norm_weight, norm_bias, weight, bias)
     if has_torch_function(tensors):
+        if registration.overridden(tensors):
+            return composition(*tensors, eps, activation)
         return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, activation=activation)
     _check(x, norm_weight, norm_bias, weight, bias, eps, activation)
     chosen = runtime.select("layer_norm_linear", x, lambda: _why_not(x, norm_weight, norm_bias, weight, bias))

@@ -13,10 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are summed."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+from ..dtypes import sum_dtype
 
 
 def gelu(u: Tensor) -> Tensor:
@@ -57,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 
 def rows(x: Tensor) -> Tensor:
     """(..., C) as (rows, C)."""
-    return x.reshape(-1, x.shape[-1]) if x.numel() > 0 else x.new_zeros(0, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def layer_norm_linear_reference(
