@@ -29,7 +29,7 @@ setup(
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,
-        "test": [*TRAIN, *PEERS, "mlxtend", "pytest>=8"],
+        "test": [*TRAIN, *PEERS, "mlxtend", "onnx", "onnxruntime", "onnxscript", "pytest>=8"],
         "bench": [*PEERS, "pytest>=8", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["convnext-fast = convnext_fast.cli:main"]},

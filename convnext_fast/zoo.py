@@ -10,6 +10,7 @@ Every builder takes ``pretrained`` and ``in_22k`` and passes what is left to the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from torch import nn
@@ -37,7 +38,8 @@ def create_model(name: str, **kwargs) -> nn.Module:
 
 
 def _builder(name: str, network: type[nn.Module], summary: str, **architecture) -> Callable[..., nn.Module]:
-    def build(pretrained: bool | str = False, in_22k: bool = False, **kwargs) -> nn.Module:
+    def build(pretrained: bool | str | os.PathLike = False, in_22k: bool = False, **kwargs) -> nn.Module:
+        pretrained = pretrained if isinstance(pretrained, (str, os.PathLike)) else bool(pretrained)
         published = pretrained_arguments(name, in_22k) if pretrained is True else {}
         model = network(**{**architecture, **published, **kwargs})
         if pretrained:

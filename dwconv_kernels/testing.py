@@ -47,8 +47,14 @@ def in_layouts(x: Tensor) -> dict[str, Tensor]:
         return {name: layout.copy_(x) for name, layout in layouts.items()}
 
 
+def _assert_same_shape(actual: Tensor, expected: Tensor, what: str) -> None:
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: the shape is {tuple(actual.shape)} instead of {tuple(expected.shape)}")
+
+
 def assert_exact(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """``actual`` is the float64 ``expected`` rounded once to its dtype, every element of it. For integer inputs."""
+    _assert_same_shape(actual, expected, what)
     rounded = expected.to(actual.dtype)
     if not torch.equal(actual, rounded):
         wrong = actual.ne(rounded) | actual.isnan()
@@ -65,6 +71,7 @@ def assert_componentwise(actual: Tensor, expected: Tensor, magnitude: Tensor, te
     fp32: ``|y − r| ≤ (n + 2)·2⁻²⁴·S``; half: ``|y − r| ≤ u·(|r| + (n + 2)·2⁻²⁴·S) + (n + 2)·2⁻²⁴·S``; plus half of the
     smallest number that the dtype has, which is what rounding costs below its normal numbers.
     """
+    _assert_same_shape(actual, expected, what)
     error = (actual.double() - expected).abs()
     bound = (terms + 2) * UNIT_ROUNDOFF[torch.float32] * magnitude
     if actual.dtype in (torch.bfloat16, torch.float16):
@@ -76,7 +83,9 @@ def assert_componentwise(actual: Tensor, expected: Tensor, magnitude: Tensor, te
 
 
 def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Root mean square and maximum of ``|actual − expected|``, in float64."""
+    """Root mean square and maximum of ``|actual − expected|``, in float64; 0 of nothing."""
+    if actual.numel() == 0:
+        return 0.0, 0.0
     error = (actual.double() - expected).abs()
     return error.square().mean().sqrt().item(), error.max().item()
 
@@ -101,6 +110,7 @@ def assert_no_worse(
 
 def assert_unbiased(actual: Tensor, expected: Tensor, sigmas: float = 5.0, what: str = "result") -> None:
     """``mean((y − r)·sign r)`` within ``sigmas`` standard errors of 0: truncation instead of rounding is not."""
+    _assert_same_shape(actual, expected, what)
     signed = (actual.double() - expected) * expected.sign()
     standard_error = signed.square().mean().sqrt().item() / math.sqrt(signed.numel())
     if not abs(signed.mean().item()) <= sigmas * standard_error:

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +38,7 @@ def test_dependencies_leave_triton_to_torch():
     text = (ROOT / "setup.py").read_text()
     assert 'install_requires=["torch>=2.6"]' in text
     assert '"triton' not in text
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"] == ["setuptools>=64"]
+    assert 'requires = ["setuptools>=64"]' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

@@ -217,8 +217,9 @@ def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) 
     if p.grn_weight is not None:
         norm = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
         relative = norm / (norm.mean(-1, keepdim=True) + reference.GRN_EPS)
-        # Not h·(1 + w·R): in half precision that sum would be rounded once for all pixels of a channel.
-        h = h + (h * (p.grn_weight * relative) + p.grn_bias)
+        # In the original's order. Fewer passes over h are possible, h·(1 + w·R) + v, but in half precision they round
+        # 1 + w·R once for all pixels of a channel.
+        h = p.grn_weight * (h * relative) + p.grn_bias + h
     t = F.linear(h, p.fc2_weight, p.fc2_bias)
     scale = p.layer_scale
     if row_scale is not None:

@@ -35,6 +35,11 @@ X, W = torch.randn(2, 4, 8, 8), torch.randn(4, 1, 3, 3)
         ((X, W.to("meta")), RuntimeError, r"weight is on meta; the device of x, cpu, is allowed"),
         ((X, W, None, 0), ValueError, r"stride is 0; .* at least 1"),
         ((X, W, None, (1, 2, 3)), ValueError, r"stride is \(1, 2, 3\)"),
+        (([[1.0]], W), TypeError, r"x is a list; a tensor is allowed"),
+        ((None, W), TypeError, r"x is a NoneType"),
+        ((X, W, None, 1.5), TypeError, r"stride is 1.5; an integer or a pair of integers"),
+        ((X, W, None, 1, (1, 0.5)), TypeError, r"padding is \(1, 0.5\)"),
+        ((X, W, None, 1, None), TypeError, r"padding is None"),
         ((X, W, None, 1, -1), ValueError, r"padding is -1; .* at least 0"),
         ((X, W, None, 1, "reflect"), ValueError, r"padding is 'reflect'; \"same\", \"valid\""),
         ((X, W, None, 2, "same"), ValueError, r"stride is \(2, 2\); with padding=\"same\" only stride 1"),
@@ -67,6 +72,7 @@ def norm_linear(**changes):
         ({"bias": torch.randn(6)}, ValueError, r"bias has shape \(6,\); \(D,\) with D=5"),
         ({"eps": -1e-6}, ValueError, r"eps is -1e-06; 0 or more"),
         ({"eps": float("nan")}, ValueError, r"eps is nan"),
+        ({"eps": None}, TypeError, r"eps is None; a number is allowed"),
         ({"activation": "relu"}, ValueError, r"activation is 'relu'; None or \"gelu\""),
         ({"norm_weight": torch.randn(7).double()}, TypeError, r"norm_weight is torch.float64"),
         ({"weight": numpy.ones((5, 7))}, TypeError, r"weight is a ndarray"),
@@ -103,6 +109,7 @@ def block(**changes):
         ({"fc2_weight": torch.randn(5, 16), "fc2_bias": None}, ValueError, r"fc2_weight has shape \(5, 16\)"),
         ({"layer_scale": torch.randn(4, 1, 1)}, ValueError, r"layer_scale has shape \(4, 1, 1\); \(4,\) is allowed"),
         ({"row_scale": torch.randn(3)}, ValueError, r"row_scale has shape \(3,\); \(2,\) is allowed"),
+        ({"row_scale": 0.5}, TypeError, r"row_scale is a float; a tensor is allowed"),
         ({"row_scale": torch.ones(2, requires_grad=True)}, ValueError, r"row_scale requires a gradient"),
         ({"grn_weight": torch.randn(16)}, ValueError, r"one of grn_weight and grn_bias is None"),
         (
@@ -118,6 +125,23 @@ def block(**changes):
 def test_convnext_block(backend, changes, error, message):
     with dk.backend(backend), pytest.raises(error, match=message):
         block(**changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool], ids=str)
+def test_the_definitions_are_for_floating_point(dtype):
+    x, weight = X.to(dtype), W.to(dtype)
+    with dk.backend("reference"):
+        with pytest.raises(TypeError, match=r"x is torch\..*; floating-point dtypes are allowed"):
+            dk.depthwise_conv2d(x, weight)
+        with pytest.raises(TypeError, match=r"x is torch\..*; floating-point dtypes are allowed"):
+            dk.layer_norm_linear(x, None, None, torch.ones(3, 8).to(dtype))
+    if dtype.is_complex:  # of which PyTorch's convolution is capable
+        torch.testing.assert_close(dk.depthwise_conv2d(x, weight), F.conv2d(x, weight, groups=4))
+
+
+def test_numpys_integers_are_integers():
+    one = numpy.int64(1)
+    assert dk.depthwise_conv2d(X, W, None, one, (one, one), one).shape == X.shape
 
 
 # -- autocast: the dtypes that PyTorch's own operators give ----------------------------------------------------------

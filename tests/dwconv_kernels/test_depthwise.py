@@ -123,6 +123,17 @@ def test_layouts_of_input_and_gradient(layout, dy_layout, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("w_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_memory_format_is_that_of_x_alone(backend, grad, x_format, w_format):
+    x = torch.randn(2, 16, 9, 9).to(memory_format=x_format)
+    w = torch.randn(16, 1, 7, 7).to(memory_format=w_format).requires_grad_()
+    with torch.set_grad_enabled(grad), dk.backend(backend):
+        assert dk.depthwise_conv2d(x, w, padding=3).is_contiguous(memory_format=x_format)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("head", ["sum", "mean", "slice", "cat", "permute", "expand"])
 def test_gradients_that_arrive_from_other_operators(backend, head):
     heads = {

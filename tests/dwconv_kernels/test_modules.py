@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -118,6 +119,83 @@ def test_replaced_and_parametrised_children_are_called():
     patched = dk.LayerNormLinear(7, 5)
     patched[1].forward = lambda x: x[..., :5]
     assert torch.equal(patched(x), patched[0](x)[..., :5])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_changes_after_construction_are_seen(backend):
+    module, x = dk.DepthwiseConv2d(4, 4, 3, padding=1), torch.randn(2, 4, 6, 6)
+    peer = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    peer.load_state_dict(module.state_dict())
+    for conv in (module, peer):  # what makes a network's pictures tile
+        conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    with dk.backend(backend):
+        torch.testing.assert_close(module(x), peer(x))
+        module._conv_forward = lambda x, weight, bias: x + 1
+        assert torch.equal(module(x), x + 1)
+
+
+class Quantised(torch.Tensor):
+    """A weight with functions of its own, as torchao's: PyTorch's functions know it, nobody else's do."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (nn.functional.linear, nn.functional.conv2d):
+            args = [a.values if isinstance(a, cls) else a for a in args]
+            return function(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{function} does not know this kind of tensor")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tensor_classes_with_functions_of_their_own(backend):
+    module, x = dk.LayerNormLinear(7, 5, activation="gelu"), torch.randn(3, 7)
+    conv, image = dk.DepthwiseConv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
+    expected = [module(x).detach(), conv(image).detach()]
+    norm, linear = module[0], module[1]
+    for child in (linear, conv):
+        weight = Quantised(child.weight.detach())
+        del child.weight
+        child.register_parameter("weight", None)
+        child._parameters["weight"] = weight
+    with torch.no_grad(), dk.backend(backend):
+        torch.testing.assert_close(module(x), expected[0])
+        torch.testing.assert_close(conv(image), expected[1])
+        y = dk.layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, activation="gelu")
+    torch.testing.assert_close(y, expected[0])
+
+
+def test_slices_are_ordinary_sequences():
+    module, x = dk.LayerNormLinear(7, 5, activation="gelu"), torch.randn(3, 7)
+    assert type(module[:2]) is nn.Sequential
+    torch.testing.assert_close(module[2:](module[:2](x)), module(x))
+    assert module[-1] is module[2]
+
+
+def test_norms_kept_in_fp32_are_left_to_the_modules():
+    module = dk.LayerNormLinear(7, 5).bfloat16()
+    module[0].float()
+    x = torch.randn(3, 7).bfloat16()
+    assert torch.equal(module(x), module[1](module[0](x)))
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "norm_linear"])
+def test_traced_modules_pickle(kind):
+    module, x = dk.DepthwiseConv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
+    if kind == "norm_linear":
+        module, x = dk.LayerNormLinear(7, 5), torch.randn(2, 7)
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(module)))
+    torch.testing.assert_close(traced(x), module(x))
 
 
 def test_global_hooks_are_called():

@@ -124,6 +124,14 @@ def test_no_rows(shape, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_no_outputs(backend):
+    y, dx, *gradients = with_gradients(ours("gelu", backend=backend), norm_linear_operands((3, 7), 0))
+    assert y.shape == (3, 0)
+    assert torch.equal(dx, torch.zeros(3, 7, dtype=dx.dtype))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_strided_rows(backend):
     x, *parameters = norm_linear_operands((3, 4, 7), 5)
     expected = with_gradients(pytorch("gelu"), [x, *parameters])

@@ -296,7 +296,7 @@ def test_torch_func_raises_and_works_on_the_torch_backend(name):
         torch.func.grad(loss("reference"))(x)
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss("reference")(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(loss("torch"))(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.func.grad(loss("torch"))(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @each_operator

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dwconv_kernels as dk
 from dwconv_kernels import runtime
@@ -52,6 +53,20 @@ def test_supports_checks_arguments_as_the_call_does(operator, tensors):
         dk.supports(operator, *wrong)
 
 
+def test_supports_takes_what_the_call_takes():
+    x, weight = torch.randn(4, 8, 8), torch.randn(4, 1, 3, 3)  # no batch dimension
+    assert dk.depthwise_conv2d(x, weight).shape == (4, 6, 6)
+    assert "x is on cpu" in dk.supports(dk.depthwise_conv2d, x, weight)[1]
+
+
+def test_fake_tensors_of_gpus_that_are_not_there():
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        pytest.skip("this build of PyTorch asks CUDA's driver even for fake tensors, and there is none")
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 4, 6, 6, device="cuda"), torch.empty(4, 1, 3, 3, device="cuda")
+        assert dk.depthwise_conv2d(x, weight).shape == (2, 4, 4, 4)
+
+
 def test_supports_knows_its_own_operators():
     with pytest.raises(TypeError, match="allowed: convnext_block, depthwise_conv2d, layer_norm_linear"):
         dk.supports(torch.nn.functional.conv2d, torch.randn(1, 1, 3, 3))
@@ -85,6 +100,16 @@ def test_backends_nest_and_survive_errors():
         with pytest.raises(ZeroDivisionError), dk.backend("triton"):
             _ = 1 / 0
         assert runtime.current_backend() == "torch"
+    assert runtime.current_backend() == "auto"
+
+
+def test_threads_that_leave_in_another_order_leave_nothing_behind():
+    first, second = dk.backend("reference"), dk.backend("torch")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert runtime.current_backend() == "torch"
+    second.__exit__()
     assert runtime.current_backend() == "auto"
 
 
@@ -160,9 +185,8 @@ def test_importing_the_packages_imports_nothing_optional():
     assert run_python(code).strip() == "[]"
 
 
-def test_facts_about_the_machine_are_constants_to_the_compiler(monkeypatch):
+def test_facts_about_the_machine_are_constants_to_the_compiler():
     """Nothing of how they are found out can be traced; on a GPU every compiled call asks for all three."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
 
     def function(x):
         reasons = (runtime._why_not_triton(), runtime._why_not_family("depthwise"), runtime._why_not_cuda(0))
@@ -181,6 +205,8 @@ def test_an_old_triton_is_named(monkeypatch):
 
 
 def test_old_gpus_and_rocm_are_named(monkeypatch):
+    assert runtime._why_not_cuda(0) == "PyTorch sees no CUDA device" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert "sm_75; the kernels need sm_80" in runtime._why_not_cuda(0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
