@@ -205,7 +205,7 @@ class ConvNeXt(_Classifier):
             raise ValueError("forward_features: this network was built with features_only=True and has no final norm")
         return self._pool(self.forward_maps(x, (3,))[0])
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, x: Tensor):  # no annotation: PyTorch 2.6's torch.fx cannot pickle one with a |
         """Logits (N, num_classes) of images x (N, in_chans, H, W); a list of maps where ``features_only``."""
         if self.out_indices is not None:
             return self.forward_maps(x, self.out_indices)

@@ -93,14 +93,15 @@ class LayerNormLinear(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) → (..., D)."""
-        kinds = (nn.LayerNorm, nn.Linear, nn.GELU)[: len(self)]
-        plain = len(self) in (2, 3) and all(is_plain(child, kind) for child, kind in zip(self, kinds, strict=True))
-        if not plain or (len(self) == 3 and self[2].approximate != "none") or len(self[0].normalized_shape) != 1:
+        children = tuple(self)
+        kinds = (nn.LayerNorm, nn.Linear, nn.GELU)[: len(children)]
+        plain = len(children) in (2, 3) and all(map(is_plain, children, kinds))
+        if not plain or (len(children) == 3 and children[2].approximate != "none"):
             return super().forward(x)
-        norm, linear = self[0], self[1]
-        if not dtypes_agree(x, norm.weight, linear.weight):
+        norm, linear = children[0], children[1]
+        if len(norm.normalized_shape) != 1 or not dtypes_agree(x, norm.weight, linear.weight):
             return super().forward(x)
-        activation = "gelu" if len(self) == 3 else None
+        activation = "gelu" if len(children) == 3 else None
         return layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, activation)
 
     def __getitem__(self, index: int | slice) -> nn.Module:

@@ -33,7 +33,7 @@ def _checked(name: str, source: str) -> str:
 
 
 _DEFAULT = _checked(os.environ.get("DWCONV_KERNELS_BACKEND", "auto"), "environment variable DWCONV_KERNELS_BACKEND")
-_entered: list[str] = []  # backends of the context managers that are open, the latest last
+_entered: tuple[str, ...] = ()  # backends of the context managers that are open, the latest last
 _backend = _DEFAULT
 
 
@@ -61,17 +61,18 @@ class backend:
         self.name = _checked(name, "name")
 
     def __enter__(self) -> backend:
-        global _backend
-        _entered.append(self.name)
+        global _backend, _entered
+        _entered = (*_entered, self.name)
         _backend = self.name
         return self
 
     def __exit__(self, *_) -> None:
         # Not "what was before": threads may leave in another order than they came.
-        global _backend
-        _entered.reverse()
-        _entered.remove(self.name)
-        _entered.reverse()
+        global _backend, _entered
+        last = len(_entered) - 1
+        while _entered[last] != self.name:
+            last -= 1
+        _entered = _entered[:last] + _entered[last + 1 :]
         _backend = _entered[-1] if _entered else _DEFAULT
 
 
