@@ -137,7 +137,7 @@ def convert_state_dict(
         raise ValueError(f"to is {to!r}, and like is a network of the dialect {dialect!r}; they must be the same")
     converted, report = _fit(flat, target)
     if not report.fits:
-        raise CheckpointError(f"the state_dict does not fit like. {report}{_hint(report)}")
+        raise CheckpointError(f"the state_dict does not fit like. {report}", _hint(report))
     return converted
 
 
@@ -162,26 +162,31 @@ def load_checkpoint(
         use_ema: take a training checkpoint's averaged weights, see :func:`read_checkpoint`.
 
     Raises:
-        FileNotFoundError, ImportError: see :func:`read_checkpoint`.
+        TypeError, FileNotFoundError, IsADirectoryError, ImportError: see :func:`read_checkpoint`.
         CheckpointError: a ValueError; the file cannot be read, or does not fit (with a table of names and shapes), or
-            holds NaN, infinity or integers.
+            holds NaN, infinity, integers, or values beyond the largest of the model's dtype.
         ValueError: the model's parameters have no memory (``device="meta"``).
     """
     if isinstance(checkpoint, Mapping):
         source, flat = "the checkpoint", unwrap(checkpoint, use_ema)
-    else:
+    elif isinstance(checkpoint, (str, os.PathLike)):
         source, flat = f"checkpoint {os.fspath(checkpoint)}", read_checkpoint(checkpoint, use_ema=use_ema)
+    else:
+        raise TypeError(
+            f"checkpoint is a {type(checkpoint).__name__}; the path of a file or a dictionary of tensors is allowed"
+        )
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("model has parameters on the meta device; call model.to_empty(device=...) first")
     try:
         converted, report = _fit(flat, target)
         check_values(converted)
+        _check_range(converted, target)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+        raise CheckpointError(f"{source}: {error.message}", error.advice) from None
     if strict and not report.fits:
-        hint = f"{_hint(report)}\nstrict=False loads what fits."
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}. {report}{hint}")
+        advice = f"{_hint(report)}\nstrict=False loads what fits."
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}. {report}", advice)
     model.load_state_dict(converted, strict=False)
     return report
 
@@ -203,6 +208,25 @@ def check_values(state_dict: Mapping[str, Tensor]) -> None:
     for kind, names in (("NaN or infinity", infinite), ("other things than floating-point numbers", integers)):
         if names:
             raise CheckpointError(f"tensors hold {kind}: {some(names)}")
+
+
+def _check_range(converted: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Refuse finite values that would be infinite, or NaN, in the model's dtype."""
+    overflown: dict[torch.dtype, list[str]] = {}
+    for name, tensor in converted.items():
+        dtype = target[name].dtype
+        if not dtype.is_floating_point or dtype == tensor.dtype or tensor.is_meta:
+            continue
+        # float8 saturates: the second condition. It alone would let through what float16 rounds to infinity.
+        limit = torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 2)
+        wide = tensor.float() if tensor.element_size() == 1 else tensor
+        if not torch.isfinite(tensor.to(dtype).float()).all() or bool((wide.abs() > limit).any()):
+            overflown.setdefault(dtype, []).append(name)
+    for dtype, names in overflown.items():
+        largest = torch.finfo(dtype).max
+        raise CheckpointError(
+            f"tensors hold values beyond {largest:g}, the largest of the model's {dtype}: {some(names)}"
+        )
 
 
 def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
@@ -242,7 +266,7 @@ def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[st
         missing=tuple((key, tuple(t.shape)) for key, t in target.items() if key not in placed),
         unexpected=tuple((key, tuple(flat[key].shape)) for key in unexpected),
         mismatched=tuple(mismatched),
-        dropped=tuple(dropped),
+        dropped=tuple(dict.fromkeys(dropped)),  # the bias that OpenCLIP's projection lacks is under its weight's name
     )
     return {key: found[key] for key in target if key in found}, report
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import uuid
-from collections.abc import Iterable, Mapping
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atomic_files import write_atomically
 from .dialects import CheckpointError
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
@@ -26,8 +28,9 @@ def read_checkpoint(path: str | os.PathLike, *, use_ema: bool = False) -> dict[s
     """The flat state_dict in a file, on the CPU, under the names that it has there.
 
     ``.safetensors`` needs the package of that name; ``.pth .pt .bin .pkl .ckpt .tar`` are read by
-    ``torch.load(weights_only=True)``, so no code in a file ever runs. Of Python's classes only ``argparse.Namespace``
-    is let in, since the original repository keeps its arguments in one.
+    ``torch.load(weights_only=True)``, so no code in a file ever runs. Of Python's classes ``argparse.Namespace`` is let
+    in, since the original repository keeps its arguments in one, and ``defaultdict``; NumPy's numbers and arrays beside
+    the weights are passed over.
 
     Args:
         path: the file.
@@ -35,35 +38,90 @@ def read_checkpoint(path: str | os.PathLike, *, use_ema: bool = False) -> dict[s
             ``state_dict_ema``) instead of ``model`` or ``state_dict``. A file with only averaged ones gives those.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        TypeError: ``path`` is no path.
+        FileNotFoundError, IsADirectoryError: there is no such file, or it is a folder.
         CheckpointError: a ValueError; it is damaged, holds Python objects, or holds no tensors.
         ImportError: it is a .safetensors file, and that package is not installed.
     """
+    return unwrap(read_content(path), use_ema, f"checkpoint {path}")
+
+
+def read_content(path: str | os.PathLike) -> Any:
+    """All that is in a checkpoint file, see :func:`read_checkpoint`, which has the errors."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"the checkpoint is a {type(path).__name__}; the path of a file is allowed")
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"checkpoint {path} is a folder; a file is allowed")
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: there is no such file")
+        raise FileNotFoundError(f"checkpoint {path} does not exist, or is not a file")
     if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
         raise CheckpointError(f"checkpoint {path}: its suffix may be .safetensors {' '.join(_TORCH_SUFFIXES)}")
     with path.open("rb"):
         pass  # an error here is about permissions or the disk, and says so; any later one is about what is in the file
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return unwrap(content, use_ema, f"checkpoint {path}")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+class _PassedOver:
+    """Stands in for an object of NumPy's, of which nothing is taken: so none of NumPy's own code is run by a file."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _dictionary(factory: Any = None) -> dict:
+    return {}  # for a defaultdict: a look-up in it should not add entries
+
+
+# What training scripts leave beside the weights. A pair maps the name in the file to what is called in its place.
+_LET_IN = [
+    argparse.Namespace,
+    (_dictionary, "collections.defaultdict"),
+    *((kind, f"builtins.{kind.__name__}") for kind in (bool, dict, float, int, list, set, str, tuple)),
+    *((_PassedOver, f"numpy.{name}") for name in ("dtype", "ndarray")),
+    *(
+        (_PassedOver, f"numpy.{core}.multiarray.{name}")  # NumPy 2 and 1
+        for core in ("_core", "core")
+        for name in ("scalar", "_reconstruct")
+    ),
+]
 
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_LET_IN):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sums(path)
+        return content
     except Exception as error:  # damaged bytes surface as errors of any kind, OSError included
-        text = str(error)
-        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in text or "Unsupported class" in text):
-            what = next((line.strip() for line in text.splitlines() if "GLOBAL" in line), "").split(" whose ")[0]
+        # torch's own text is advice to trust the file; what it found comes after this mark.
+        found = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        first = found.split("\n")[0][:120] or type(error).__name__
+        # The last two are how it refuses what an object brings: calls, and state.
+        refused = re.search(r"GLOBAL|Unsupported class|Trying to (call|instantiate)|Can only (build|create)", found)
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            name = re.search(r"GLOBAL (\S+)", found)
             raise CheckpointError(
                 f"checkpoint {path} holds Python objects other than tensors, and these are never loaded, since they "
-                f"can run code ({what.removeprefix('WeightsUnpickler error: ')})"
+                f"can run code: {name[1] if name else first}. If you trust whoever made the file, load it yourself and "
+                "save its state_dict alone"
             ) from error
-        first = text.split("\n")[0][:120] or type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged, incomplete, or no checkpoint: {first}") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the contents with the checksums that torch.save writes and torch.load does not look at."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6, which has none
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.CRC:  # torch.serialization.set_crc32_options(False) leaves them out
+                with archive.open(entry) as content:
+                    while content.read(1 << 20):
+                        pass
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -119,7 +177,7 @@ def save_checkpoint(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -
 
     Raises:
         CheckpointError: a ValueError; the suffix is another one, or ``state_dict`` holds other things than tensors.
-        FileNotFoundError: the folder does not exist.
+        OSError: the folder does not exist, ``path`` is a folder, or the disk is full.
         ImportError: the suffix is .safetensors, and that package is not installed.
     """
     path = Path(path)
@@ -132,15 +190,31 @@ def save_checkpoint(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -
         raise FileNotFoundError(f"path is {path}; the folder {path.parent} does not exist")
     seen: set[int] = set()
     tensors = {name: _with_own_storage(tensor, seen) for name, tensor in state_dict.items()}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        if path.suffix == ".safetensors":
-            _safetensors(path).save_file(tensors, str(temporary), metadata={"format": "pt"})
-        else:
-            torch.save(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(
+        path, _safetensors_writer(path, tensors) if path.suffix == ".safetensors" else torch_writer(tensors)
+    )
+
+
+def torch_writer(content: Any) -> Callable[[Path], None]:
+    """``torch.save(content, ...)`` for :func:`convnext_fast.atomic_files.write_atomically`."""
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # given a path, torch.save would write its name into the file
+            torch.save(content, file)
+
+    return write
+
+
+def _safetensors_writer(path: Path, tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    save_file = _safetensors(path).save_file
+
+    def write(path: Path) -> None:
+        try:
+            save_file(tensors, str(path), metadata={"format": "pt"})
+        except Exception as error:  # its own class, with what the disk said as text
+            raise OSError(str(error)) from error
+
+    return write
 
 
 def _with_own_storage(tensor: Tensor, seen: set[int]) -> Tensor:

@@ -55,7 +55,8 @@ def load_classifier(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, does not fit ``model``, or ``class_names`` are not as many as its classes.
+        ValueError: it cannot be read, does not fit ``model``, ``class_names`` are not as many as its classes, or
+            ``image_size`` is too small for the network.
     """
     run = read_run_checkpoint(checkpoint)
     if run is not None:
@@ -71,6 +72,8 @@ def load_classifier(
     if class_names is not None and len(class_names) != len(names):
         raise ValueError(f"{len(class_names)} class names are given; the checkpoint has {len(names)} classes")
     if image_size is not None:
+        if image_size < network.reduction:
+            raise ValueError(f"image_size is {image_size}; {network.reduction} or more is allowed for this network")
         preprocessing = replace(preprocessing, image_size=image_size)
     return Classifier(network.to(device).eval(), class_names or names, preprocessing)
 

@@ -27,6 +27,8 @@ from .distributed import join_world
 from .image_folder import FolderOptions, folder_trainer, read_class_names
 from .train import AMP_DTYPES, Interrupted, Options
 
+logger = logging.getLogger(__name__)
+
 EXIT_ERROR, EXIT_DEMO_FAILED, EXIT_CTRL_C, EXIT_SIGTERM = 2, 1, 130, 143
 
 # What a user can cause: bad arguments, files, images, a missing package, a diverging run.
@@ -41,14 +43,27 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; the exit status: 0, 1 (demo below its bar), 2 (error), 130 (Ctrl-C), 143 (SIGTERM)."""
     arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, before the error that refuses the file
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _show_warning(message: Warning, *_: object) -> None:
+    # Python's own way prints the line of source from which it came.
+    logger.warning("%s", message)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="convnext-fast: warning: %(message)s", level=logging.WARNING)
-    warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, before the error that refuses the file
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and classes may be of another encoding
+            stream.reconfigure(errors="backslashreplace")
     # Under torchrun, which shows the output of all processes in one stream.
     rank = os.environ.get("RANK", "0")
     prefix = "convnext-fast: error: " if rank == "0" else f"convnext-fast: error: [rank {rank}] "
     try:
-        arguments.command(arguments)
-        return 0
+        return arguments.command(arguments) or 0
     except Interrupted as stop:
         if rank == "0":
             print(f"convnext-fast: {stop}", file=sys.stderr)
@@ -59,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     except (*EXPECTED, DemoFailed) as error:
         if arguments.debug:
             traceback.print_exc()
-        text = str(error).strip()
+        text = getattr(error, "message", str(error)).strip()  # without advice on the arguments of functions
         if "in DataLoader worker" in text:  # the DataLoader wraps it in its own traceback, whose last line says what
             text = text.splitlines()[-1]
-        text = " ".join(text.split()) or type(error).__name__
+        text = text or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
             text = f"out of memory; a smaller --batch-size or --grad-checkpointing may help ({text})"
         print(prefix + text, file=sys.stderr)
@@ -117,7 +132,7 @@ def _add_train_arguments(train: argparse.ArgumentParser) -> None:
 
     images.add_argument("--image-size", type=int, default=224)
     images.add_argument("--val-fraction", type=float, help="part of every class to validate on, without val/ [0.1]")
-    images.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip [%(default)s]")
+    images.add_argument("--hflip", type=float, help="probability of a horizontal flip [0.5]")
     images.add_argument("--randaugment", type=int, default=0, metavar="MAGNITUDE", help="1 to 29, e.g. 9; needs kornia")
     images.add_argument("--no-augment", action="store_true", help="train on centre crops: no random crop, flip, …")
     images.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="0.8 in the paper [off]")
@@ -201,9 +216,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     a = arguments
+    given = [f"--{name}" for name in ("hflip", "randaugment") if getattr(a, name) not in (None, 0)]
+    if a.no_augment and given:
+        raise ValueError(f"--no-augment and {' and '.join(given)} are given; leave out one of them")
+    hflip = 0.5 if a.hflip is None else a.hflip
     folder_options = FolderOptions(
         model=a.model, image_size=a.image_size, val_fraction=a.val_fraction, drop_path=a.drop_path,
-        augment=not a.no_augment, hflip=a.hflip, randaugment=a.randaugment, pretrained=a.pretrained,
+        augment=not a.no_augment, hflip=hflip, randaugment=a.randaugment, pretrained=a.pretrained,
         init_from=a.init_from,
     )  # fmt: skip
     options = Options(
@@ -229,16 +248,26 @@ def _train(arguments: argparse.Namespace) -> None:
         world.leave()
 
 
-def _classify(arguments: argparse.Namespace) -> None:
+def _classify(arguments: argparse.Namespace) -> int:
     a = arguments
+    if a.topk < 1:
+        raise ValueError(f"topk is {a.topk}; 1 or more is allowed")
     names = None if a.class_names is None else read_class_names(a.class_names)
     device = join_world(a.device).device
     classifier = load_classifier(a.checkpoint, a.model, names, a.image_size, device)
+    status = 0
     for image in a.images:
-        answers = classifier(image, a.topk)
+        try:
+            answers = classifier(image, a.topk)
+        except (ValueError, OSError) as error:  # one of many: the others are still asked for
+            sys.stdout.flush()  # in the order of the images also where both go to one place
+            print(f"convnext-fast: error: {error}", file=sys.stderr)
+            status = EXIT_ERROR
+            continue
         print(image)
         for name, probability in answers:
             print(f"  {probability:8.3%}  {name}")
+    return status
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Images for training: folders, decoding and augmentation.
+"""Images for training: decoding, augmentation and order.
 
 Nothing here depends on the state of a random generator, the number of workers or where a run was interrupted: the order
 of images is a function of (seed, epoch) and the augmentation of an image one of (seed, epoch, image).
@@ -6,14 +6,12 @@ of images is a function of (seed, epoch) and the augmentation of an image one of
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import logging
 import math
-import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,7 +20,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# Of the machine, not of one file: what is read in its place would fail as well.
+_OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_MOST_REPLACEMENTS = 10
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -35,7 +35,8 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _pil():
+def pillow():
+    """Pillow's Image and ImageOps."""
     # An optional dependency: the networks and kernels are used without reading a single image.
     try:
         from PIL import Image, ImageOps
@@ -51,9 +52,10 @@ def open_image(path: str | Path, channels: int = 3):
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: the system could not read it, for the reason in ``errno``.
         ValueError: the file is not an image, or is damaged.
     """
-    image_module, image_ops = _pil()
+    image_module, image_ops = pillow()
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist or is not a file")
@@ -61,13 +63,27 @@ def open_image(path: str | Path, channels: int = 3):
         with image_module.open(path) as image:
             image.load()
             image = image_ops.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever they trip over: OSError, SyntaxError, struct.error, …
+        if is_of_the_system(error):
+            raise
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
     if image.mode.startswith("I"):  # 16 bits (I;16) or 32 that hold 16 (I); convert("RGB") would clip at 255
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     elif "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def is_of_the_system(error: Exception) -> bool:
+    """Did the operating system fail to read the file (and may succeed later), not Pillow to understand it?"""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def some_names(names: Sequence[str], count: int = 5) -> str:
+    """The first few of ``names``, for people to read."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ class Preprocessing:
 
     def pixels(self, image, box: tuple[float, float, float, float] | None = None) -> Tensor:
         """``box`` (default: the centre) of a PIL image, resized: (channels, image_size, image_size) in [0, 1]."""
-        image_module, _ = _pil()
+        image_module, _ = pillow()
         size = (self.image_size, self.image_size)
         image = image.resize(size, image_module.Resampling.BICUBIC, box=box or self.center_box(*image.size))
         data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -170,7 +186,11 @@ class Augmentation:
 
 
 class ImageFiles:
-    """Samples (path relative to ``root``, label) as a dataset; items are asked for as (epoch, index)."""
+    """Samples (path relative to ``root``, label) as a dataset; items are asked for as (epoch, index).
+
+    An image that cannot be read is replaced by one of the same class, which (seed, epoch, index) determine: a run of
+    days should not end for one file. :meth:`warn_of_replaced` names them.
+    """
 
     def __init__(
         self,
@@ -182,17 +202,48 @@ class ImageFiles:
     ):
         self.root, self.samples = root, list(samples)
         self.preprocessing, self.augmentation, self.seed = preprocessing, augmentation, seed
+        # Worker processes mark here what they replaced; only memory that they share gets back to the main process.
+        self._replaced = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
-        path, label = self.samples[index]
-        image = open_image(self.root / path, self.preprocessing.channels)
+        image, label = self._image(epoch, index), self.samples[index][1]
         if self.augmentation is None:
             return self.preprocessing(image), label
         return self.augmentation(image, self.preprocessing, derive_seed("augment", self.seed, epoch, index)), label
+
+    def _image(self, epoch: int, index: int):
+        try:
+            return self._open(index)
+        except (OSError, ValueError) as error:
+            first = error
+        if isinstance(first, OSError) and first.errno in _OUT_OF_MEANS:
+            raise first
+        self._replaced[index] = True
+        same = [i for i, (_, label) in enumerate(self.samples) if label == self.samples[index][1] and i != index]
+        random.Random(derive_seed("replace", self.seed, epoch, index)).shuffle(same)
+        for other in same[:_MOST_REPLACEMENTS]:
+            try:
+                return self._open(other)
+            except (OSError, ValueError):
+                self._replaced[other] = True
+        raise first  # not one file, but a disk or a folder is gone
+
+    def _open(self, index: int):
+        return open_image(self.root / self.samples[index][0], self.preprocessing.channels)
+
+    def warn_of_replaced(self) -> None:
+        """One warning with the number and names of the images that were replaced since the last call."""
+        names = [self.samples[i][0] for i in self._replaced.nonzero().flatten().tolist()]
+        self._replaced.zero_()
+        if names:
+            logger.warning(
+                "%d of %d images cannot be read any more, and others of their class were taken in their place: %s",
+                len(names), len(self), some_names(names),
+            )  # fmt: skip
 
 
 class TensorImages:
@@ -300,149 +351,3 @@ def _cut(size: int, share: float, rng: random.Random) -> tuple[int, int]:
     """Where a box begins and ends that takes √(1 − share) of this side, around any centre, clipped to the image."""
     length, center = round(size * math.sqrt(1 - share)), rng.randrange(size)
     return max(0, center - length // 2), min(size, center - length // 2 + length)
-
-
-@dataclass(frozen=True)
-class FolderListing:
-    """The images of a data folder; paths are relative to ``root`` with forward slashes."""
-
-    root: str
-    class_names: list[str]
-    train: list[Sample]
-    val: list[Sample]
-
-    def fingerprint(self) -> str:
-        """Changes when an image or a class is added, removed or renamed."""
-        content = json.dumps([self.class_names, self.train, self.val])
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-
-def list_folder(
-    data_dir: str | Path,
-    val_fraction: float | None = None,
-    cache: Path | None = None,
-    progress: Callable[..., Iterable] = lambda iterable, **_: iterable,
-) -> FolderListing:
-    """Find, check and split the images of ``data_dir``.
-
-    Either ``data_dir/train/<class>/`` and ``data_dir/val/<class>/``, or ``data_dir/<class>/``, of which a part
-    ``val_fraction`` (default 0.1) of every class is held out by a hash of the file names, whatever the seed. Every file
-    is decoded once (JPEG at an eighth of its size); those that cannot be are left out with one warning. ``cache`` (a
-    JSON file) remembers the outcome by size and time of change.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it does not hold images of at least two classes.
-    """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise FileNotFoundError(f"DATA_DIR {root} does not exist or is not a folder")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; a number between 0 and 1 is allowed")
-    has_parts = (root / "train").is_dir()
-    train_root = root / "train" if has_parts else root
-    files = _class_files(train_root, root)
-    classes = list(files)
-    if len(classes) < 2:
-        raise ValueError(f"{train_root} holds the single class {classes[0]!r}; at least two are needed to train")
-
-    val_files: dict[str, list[str]] = {}
-    if has_parts and (root / "val").is_dir():
-        if val_fraction is not None:
-            raise ValueError(f"--val-fraction is given, and {root} has a val/ folder; leave out one of them")
-        val_files = _class_files(root / "val", root)
-        if unknown := [name for name in val_files if name not in files]:
-            raise ValueError(f"{root / 'val'} holds classes that {train_root} does not: {_first(unknown)}")
-    elif has_parts and val_fraction is None:
-        raise ValueError(f"{root} has train/ but no val/ folder; add one, or split train/ with --val-fraction")
-
-    readable = _readable(root, [path for group in (files, val_files) for paths in group.values() for path in paths],
-                         cache, progress)  # fmt: skip
-    files = {name: [path for path in paths if path in readable] for name, paths in files.items()}
-    if empty := [name for name, paths in files.items() if not paths]:
-        raise ValueError(f"no image can be read of class {_first(empty)} in {train_root}")
-    if val_files:
-        val_files = {name: [path for path in paths if path in readable] for name, paths in val_files.items()}
-    else:
-        files, val_files = _split(files, 0.1 if val_fraction is None else val_fraction)
-
-    label = {name: i for i, name in enumerate(classes)}
-    train, val = (
-        [(path, label[name]) for name, paths in group.items() for path in paths] for group in (files, val_files)
-    )
-    if not val:
-        raise ValueError(f"no validation image is left in {root}; put some into val/, or use a larger --val-fraction")
-    return FolderListing(str(root), classes, train, val)
-
-
-def _class_files(folder: Path, root: Path) -> dict[str, list[str]]:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = {name: sorted(_images_under(folder / name, root)) for name in classes}
-    allowed = ", ".join(IMAGE_SUFFIXES)
-    if not any(files.values()):
-        raise ValueError(f"{folder} has no images; expected {folder}/<class>/*, ending in {allowed}")
-    if empty := [name for name, paths in files.items() if not paths]:
-        raise ValueError(f"class {_first(empty)} in {folder} has no images, ending in {allowed}")
-    return files
-
-
-def _images_under(folder: Path, root: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield (Path(parent) / name).relative_to(root).as_posix()
-
-
-def _split(files: dict[str, list[str]], fraction: float) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    train, val = {}, {}
-    for name, paths in files.items():
-        by_hash = sorted(paths, key=lambda path: hashlib.blake2b(path.encode(), digest_size=8).digest())
-        count = min(max(1, round(len(paths) * fraction)), len(paths) - 1)  # at least one for each, training first
-        train[name], val[name] = sorted(by_hash[count:]), sorted(by_hash[:count])
-    return train, val
-
-
-def _readable(root: Path, paths: list[str], cache: Path | None, progress: Callable[..., Iterable]) -> set[str]:
-    _pil()  # its absence is one error here, not one broken image per file
-    stats = {path: (root / path).stat() for path in paths}
-    stamps = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
-    known = {}
-    if cache is not None and cache.is_file():
-        try:
-            known = json.loads(cache.read_text())
-        except ValueError:
-            logger.debug("%s is not JSON; checking all images again", cache)
-    known = {path: known[path] for path in paths if known.get(path, [None])[:2] == stamps[path]}
-    unknown = [path for path in paths if path not in known]
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:  # decoders release the GIL
-        checked = pool.map(lambda path: _decodes(root / path), unknown)
-        checked = progress(checked, total=len(unknown), desc="checking images") if unknown else checked
-        known |= {path: [*stamps[path], ok] for path, ok in zip(unknown, checked, strict=True)}
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, cache)
-
-    broken = [path for path in paths if not known[path][2]]
-    if len(broken) == len(paths):
-        raise ValueError(f"none of the {len(paths)} images in {root} can be read, e.g. {broken[0]}")
-    if broken:
-        logger.warning("skipped %d of %d images that cannot be read: %s", len(broken), len(paths), _first(broken))
-    return set(paths) - set(broken)
-
-
-def _decodes(path: Path) -> bool:
-    image_module, _ = _pil()
-    try:
-        with image_module.open(path) as image:
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # JPEG only: reads all, faster
-            image.load()
-    except Exception:  # see open_image
-        return False
-    return True
-
-
-def _first(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 import dwconv_kernels as dk
 
+from .atomic_files import write_atomically
 from .backend_in_use import describe_backend
 from .data import Preprocessing, TensorImages
 from .distributed import World
 from .model import ConvNeXt
-from .run_folder import RunFolder, can_plot, save_atomically, write_atomically
+from .run_folder import RunFolder, can_plot, save_run
 from .train import Options, Task, Trainer
 
 # Of fp32: two right implementations differ by rounding only, of which even the deepest gradient here has far less.
@@ -48,7 +49,7 @@ def run_demo(
     """Train on ``data`` ("digits" or "mnist5k"), write checkpoint, plot and results to ``out``; returns the results.
 
     Raises:
-        ValueError: there is no such data.
+        ValueError: there is no such data, or ``out`` holds a training run.
         ImportError: the package with the images, or matplotlib, is missing.
         DemoFailed: the backend does not agree with the reference, or (with the default epochs) the accuracy is too low.
     """
@@ -59,6 +60,11 @@ def run_demo(
         raise ImportError('the demo draws its losses with matplotlib: pip install "convnext-fast[train]"')
     images, labels = (_digits if data == "digits" else _mnist5k)()
     settings, folder = DATA[data], RunFolder(out)
+    if runs := [path.name for path in (folder.last, folder.best) if path.exists()]:
+        raise ValueError(
+            f"{folder.path} holds {' and '.join(runs)}, of a training run or an interrupted demo, which this one would "
+            "delete; choose another --out, or move them away"
+        )
     folder.create()
     options = Options(
         epochs=settings["epochs"] if epochs is None else epochs, batch_size=64, lr=4e-3, warmup_epochs=3,
@@ -67,7 +73,7 @@ def run_demo(
     task = _task(images, labels, settings["patch_size"], data, seed)
     trainer = Trainer(task, options, folder, world, report, progress)
     summary = trainer.fit()
-    save_atomically(trainer.inference_state(trainer.model), folder.path / "checkpoint.pth")
+    save_run(trainer.inference_state(trainer.model), folder.path / "checkpoint.pth")
     folder.last.unlink()  # a demo is not resumed; one checkpoint is enough of it
     folder.best.unlink(missing_ok=True)
 

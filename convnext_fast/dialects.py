@@ -20,7 +20,14 @@ DIALECTS = ("facebook", "timm", "torchvision", "huggingface", "mmpretrain", "din
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, is no ConvNeXt, or does not fit; the message says which of these, and lists what."""
+    """A checkpoint cannot be read, is no ConvNeXt, or does not fit; the message says which of these, and lists what.
+
+    ``message`` is the text without ``advice``, which names arguments of this package's functions.
+    """
+
+    def __init__(self, message: str, advice: str = ""):
+        super().__init__(message + advice)
+        self.message, self.advice = message, advice
 
 
 @dataclass(frozen=True)

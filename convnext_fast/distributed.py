@@ -13,9 +13,11 @@ import torch
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
+_DEVICES = "cpu, cuda, one of several such as cuda:1, or mps is allowed"
+
 
 class FailedElsewhere(SystemExit):
-    """Rank 0 met an error and reports it; the other ranks leave with its exit status and without a word."""
+    """Another rank met an error and reports it; this one leaves with its exit status and without a word."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,25 @@ class World:
             raise FailedElsewhere(2)
         return result[0]
 
+    def on_all(self, function: Callable[[], Any]) -> Any:
+        """``function()``, called on every rank; an error of any ends all of them, and is reported by one.
+
+        What it calls must not wait for other ranks, or they would wait for ever for one that failed.
+        """
+        if self.size == 1:
+            return function()
+        result = error = None
+        try:
+            result = function()
+        except Exception as raised:  # raised again below, by the first rank that has one
+            error = raised
+        failed = [rank for rank, (bad,) in enumerate(self.gather([float(error is not None)])) if bad]
+        if failed and error is not None and self.rank == failed[0]:
+            raise error
+        if failed:
+            raise FailedElsewhere(2)
+        return result
+
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -77,7 +98,9 @@ def join_world(device: str | None = None) -> World:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; e.g. cpu, cuda or cuda:1 is allowed") from error
+        raise ValueError(f"device is {device!r}; {_DEVICES}") from error
+    if chosen.type not in ("cpu", "cuda", "mps"):  # torch knows more, which nothing here was run on
+        raise ValueError(f"device is {device!r}; {_DEVICES}")
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if chosen.type == "cuda":
         count = torch.cuda.device_count()

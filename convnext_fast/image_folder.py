@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import convert_state_dict, load_checkpoint, read_checkpoint
-from .data import Augmentation, ImageFiles, Preprocessing, list_folder
+from .checkpoint import convert_state_dict, read_checkpoint
+from .data import Augmentation, ImageFiles, Preprocessing
 from .distributed import World
+from .folder_listing import FolderListing, list_folder
+from .pretrained import DownloadError, download_pretrained, pretrained_arguments
 from .run_folder import RunFolder
 from .train import Options, Task, Trainer
 from .zoo import create_model
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class FolderOptions:
             raise ValueError(f"hflip is {self.hflip}; a probability in [0, 1] is allowed")
         if not 0 <= self.randaugment < 30:
             raise ValueError(f"randaugment is {self.randaugment}; a magnitude from 0 (off) to 29 is allowed")
+        if self.randaugment and not self.augment:
+            raise ValueError(f"randaugment is {self.randaugment} and augment False; one of them is allowed")
         if self.pretrained and self.init_from:
             raise ValueError("pretrained and init_from are both given; one of them is allowed")
 
@@ -62,7 +64,7 @@ def folder_trainer(
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[..., Iterable] = lambda iterable, **_: iterable,
 ) -> Trainer:
-    """A trainer for the images in ``data_dir``, see :func:`convnext_fast.data.list_folder`.
+    """A trainer for the images in ``data_dir``, see :func:`convnext_fast.folder_listing.list_folder`.
 
     ``resume``: a checkpoint to go on from; "auto" is the one in ``out``, if there is one already.
 
@@ -80,47 +82,78 @@ def folder_trainer(
             raise ValueError(f"{folder.path} holds a run already; go on with --resume, or choose another --out")
         if resume not in (None, "auto") and not Path(resume).is_file():
             raise FileNotFoundError(f"--resume: checkpoint {resume} does not exist or is not a file")
-        listing = list_folder(data_dir, o.val_fraction, folder.path / "images.json", progress)
-        return listing, resume if resume != "auto" else (str(folder.last) if folder.last.exists() else None)
+        resume_from = resume if resume != "auto" else (str(folder.last) if folder.last.exists() else None)
+        listing = list_folder(data_dir, o.val_fraction, folder.images, progress)
+        if len(listing.train) < world.size:
+            raise ValueError(f"{len(listing.train)} training images are fewer than the {world.size} processes")
+        before = None if resume_from is None else FolderListing.read(Path(resume_from).with_name(folder.samples.name))
+        if before is not None:
+            listing = listing.as_in(before)
+        if resume_from is None and o.pretrained:
+            _download(o.model)  # one process; the others find the file
+        return listing, resume_from
+
+    def keep_listing():
+        folder.create()
+        listing.write(folder.samples)
 
     listing, resume_from = world.on_main(prepare)
     torch.manual_seed(options.seed)
     report = report if world.is_main else lambda line: None
-    model = _network(o, len(listing.class_names), report if resume_from is None else lambda line: None)
-    if o.image_size < model.reduction:
-        raise ValueError(f"image_size is {o.image_size}; {model.reduction} or more is allowed for {o.model}")
+    num_classes = len(listing.class_names)
+    # Of the published weights one network differs from its builder's defaults by more than the head.
+    kwargs = {**(pretrained_arguments(o.model, False) if o.pretrained else {}), "num_classes": num_classes}
+    if resume_from is None:
+        model = world.on_all(lambda: _initial_network(o, num_classes, report))
+    else:  # whatever it began with, its weights are in the checkpoint
+        model = world.on_all(lambda: create_model(o.model, drop_path_rate=o.drop_path, **kwargs))
     preprocessing = Preprocessing(image_size=o.image_size)
     root = Path(listing.root)
+    start = None if o.init_from is None else os.path.realpath(o.init_from)  # the same file by whatever way
     task = Task(
         model=model,
-        architecture={"name": o.model, "kwargs": {"num_classes": len(listing.class_names)}},
+        architecture={"name": o.model, "kwargs": kwargs},
         class_names=listing.class_names,
         preprocessing=preprocessing,
         train_data=ImageFiles(root, listing.train, preprocessing, augmentation, options.seed),
         val_data=ImageFiles(root, listing.val, preprocessing),
-        settings={**asdict(o), "images": listing.fingerprint()},
+        settings={**asdict(o), "init_from": start, "images": listing.fingerprint()},
     )
     trainer = Trainer(task, options, folder, world, report, progress)
     if resume_from is not None:
-        trainer.load(resume_from)
+        world.on_all(lambda: trainer.load(resume_from))
+    world.on_main(keep_listing)  # now that nothing can be refused any more: it may replace that of another run
     return trainer
 
 
-def _network(o: FolderOptions, num_classes: int, report: Callable[[str], None]) -> nn.Module:
-    if o.pretrained:
-        model = create_model(o.model, pretrained=True, drop_path_rate=o.drop_path)
-    elif o.init_from is not None:
-        head = head_size(read_checkpoint(o.init_from))
-        model = create_model(o.model, num_classes=head, drop_path_rate=o.drop_path)
-        load_checkpoint(model, o.init_from)
-        report(f"initialised {o.model} from {o.init_from}")
-    else:
-        return create_model(o.model, num_classes=num_classes, drop_path_rate=o.drop_path)
+def _download(name: str) -> None:
+    try:
+        download_pretrained(name)
+    except DownloadError as error:
+        advice = " Try again, or get the file in another way and name it with --init-from"
+        raise DownloadError(error.message + advice) from error
+
+
+def _initial_network(o: FolderOptions, num_classes: int, report: Callable[[str], None]) -> nn.Module:
+    model = _start(o, num_classes, report)
+    if o.image_size < model.reduction:
+        raise ValueError(f"image_size is {o.image_size}; {model.reduction} or more is allowed for {o.model}")
     if model.num_classes != num_classes:
         report(
             f"the checkpoint's head has {model.num_classes} classes, here are {num_classes}: re-initialised the head"
         )
         model.reset_classifier(num_classes)
+    return model
+
+
+def _start(o: FolderOptions, num_classes: int, report: Callable[[str], None]) -> nn.Module:
+    if o.pretrained:
+        return create_model(o.model, pretrained=True, drop_path_rate=o.drop_path)
+    if o.init_from is None:
+        return create_model(o.model, num_classes=num_classes, drop_path_rate=o.drop_path)
+    head = head_size(read_checkpoint(o.init_from))
+    model = create_model(o.model, pretrained=o.init_from, num_classes=head, drop_path_rate=o.drop_path)
+    report(f"initialised {o.model} from {o.init_from}")
     return model
 
 

@@ -73,6 +73,24 @@ def pretrained_arguments(name: str, in_22k: bool) -> dict[str, int | float]:
     return arguments
 
 
+class DownloadError(OSError, RuntimeError):
+    """Published weights cannot be had. ``message`` is the text without advice on this package's functions."""
+
+    def __init__(self, message: str, advice: str = ""):
+        super().__init__(message + advice)
+        self.message = message
+
+
+def download_pretrained(name: str, in_22k: bool = False) -> None:
+    """Get the weights of the builder ``name`` into torch's cache, unless they are there.
+
+    Raises:
+        ValueError: nothing is published under this name.
+        DownloadError: a RuntimeError; the download failed, or gave a file that cannot be read; that file is not kept.
+    """
+    _download(_published(name, in_22k)[0])
+
+
 def load_pretrained(model: nn.Module, name: str, source: bool | str | os.PathLike, in_22k: bool) -> None:
     """Load published weights, or those in a file, into ``model``.
 
@@ -80,9 +98,9 @@ def load_pretrained(model: nn.Module, name: str, source: bool | str | os.PathLik
 
     - A head of another number of classes is not loaded; the model's stays as it was initialised, with a warning. A
       model without a head (``num_classes=0``, ``features_only=True``) takes what it has.
-    - A stem for other images than RGB is made from the RGB one, W (C, 3, k, k), so that images whose channels are all
-      alike give the same features: for one channel ``W'[:, 0] = Σ_p W[:, p]``; for Q channels
-      ``W'[:, q] = W[:, q mod 3] · 3 / Q``, exact where Q is a multiple of 3.
+    - A stem for images of Q channels is made from one for RGB or grey, W (C, P, k, k), so that images whose channels
+      are all alike give the same features: for one channel ``W'[:, 0] = Σ_p W[:, p]``; for Q channels
+      ``W'[:, q] = W[:, q mod P] · P / Q``, exact where Q is a multiple of P.
 
     Args:
         model: :class:`ConvNeXt` or :class:`ConvNeXtIsotropic`.
@@ -92,7 +110,7 @@ def load_pretrained(model: nn.Module, name: str, source: bool | str | os.PathLik
 
     Raises:
         ValueError: nothing is published under this name, or (CheckpointError) the weights do not fit the model.
-        RuntimeError: the download failed, or gave a file that cannot be read; that file is not kept.
+        DownloadError: a RuntimeError; see :func:`download_pretrained`.
         FileNotFoundError: ``source`` is a path, and there is no such file.
     """
     if source is True:
@@ -116,7 +134,7 @@ def load_pretrained(model: nn.Module, name: str, source: bool | str | os.PathLik
     try:
         load_checkpoint(model, weights)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        raise CheckpointError(f"{where}: {error.message}", error.advice) from None
 
 
 def _published(name: str, in_22k: bool) -> tuple[str, int]:
@@ -132,7 +150,7 @@ def _download(url: str) -> dict[str, Tensor]:
     """The state_dict at ``url``, from torch's cache where it is there already."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     sha256 = re.search(r"-([0-9a-f]{8})\.", file.name)
-    instead = 'or get the file in another way and pass pretrained="/path/to/file"'
+    instead = ' Try again, or get the file in another way and pass pretrained="/path/to/file"'
     while True:
         cached = file.exists()
         if not cached:
@@ -141,7 +159,7 @@ def _download(url: str) -> dict[str, Tensor]:
                 # Downloads under another name, checks the hash, and renames.
                 torch.hub.download_url_to_file(url, str(file), sha256[1] if sha256 else None, progress=True)
             except (OSError, URLError, http.client.HTTPException, RuntimeError) as error:
-                raise RuntimeError(f"cannot download {url}: {error}. Try again, {instead}") from error
+                raise DownloadError(f"cannot download {url}: {error}.", instead) from error
         try:
             state = read_checkpoint(file)
             check_values(state)
@@ -150,13 +168,14 @@ def _download(url: str) -> dict[str, Tensor]:
             # A connection that breaks off leaves a short file, and torch.hub does not compare lengths.
             file.unlink(missing_ok=True)
             if not cached:
-                raise RuntimeError(f"{url} gave a file that cannot be used. Try again, {instead}. {error}") from error
+                raise DownloadError(f"{url} gave a file that cannot be used: {error}.", instead) from error
 
 
 def _stem_for(weight: Tensor, channels: int) -> Tensor:
-    """An RGB stem's weight (C, 3, k, k) for images of ``channels`` channels."""
-    if weight.shape[1] != 3 or channels == 3:
+    """The weight (C, P, k, k) of a stem for RGB or grey images, for images of ``channels`` channels."""
+    theirs = weight.shape[1]
+    if theirs not in (1, 3) or channels == theirs:  # of other channels it is not known what they show
         return weight
     if channels == 1:
         return weight.sum(dim=1, keepdim=True)
-    return weight[:, torch.arange(channels) % 3] * (3 / channels)
+    return weight[:, torch.arange(channels) % theirs] * (theirs / channels)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
+from .atomic_files import remove_remains, write_atomically
+from .checkpoint_files import read_content, torch_writer
 
 FORMAT = "convnext_fast.train/1"
 
 
 class RunFolder:
-    """``last.pth`` (all that resuming needs), ``best.pth`` (for inference), ``log.jsonl`` and ``loss.png`` of a run."""
+    """``last.pth`` (all that resuming needs), ``best.pth`` (for inference), ``log.jsonl`` and ``loss.png`` of a run.
+
+    One on a folder of images has ``images.json`` (which of the files can be read) and ``samples.json`` (those of the
+    run) besides.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -23,9 +26,12 @@ class RunFolder:
             raise ValueError(f"the output folder {self.path} exists and is not a folder")
         self.last, self.best = self.path / "last.pth", self.path / "best.pth"
         self.log, self.plot = self.path / "log.jsonl", self.path / "loss.png"
+        self.images, self.samples = self.path / "images.json", self.path / "samples.json"
 
     def create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        for path in (self.last, self.best, self.log, self.plot, self.images, self.samples):
+            remove_remains(path)
 
     def write_log(self, history: list[dict]) -> None:
         """One JSON object per epoch. Written anew, so that a resumed run has no line twice."""
@@ -61,57 +67,16 @@ def can_plot() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file such that after a kill at any moment either the old or the new content is there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """``torch.save`` with the promise of :func:`write_atomically`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and the rename is as durable as it gets
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def save_run(state: dict, path: Path) -> None:
+    """``torch.save`` such that after a kill at any moment either the old or the new file is there."""
+    write_atomically(path, torch_writer(state))
 
 
 def read_run_checkpoint(path: str | Path) -> dict | None:
     """The dictionary that ``train`` or ``demo`` saved at ``path``; None where the file is some other checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, or no checkpoint at all.
+        FileNotFoundError, CheckpointError, ImportError: see :func:`convnext_fast.checkpoint.read_checkpoint`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist or is not a file")
-    if path.suffix == ".safetensors":
-        return None
-    damaged = f"checkpoint {path} is not a file that torch.load can read, or is truncated"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if "Unsupported" in str(error):  # objects other than plain types: not ours; load_checkpoint decides about them
-            return None
-        raise ValueError(damaged) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(damaged) from error
-    return state if isinstance(state, dict) and state.get("format") == FORMAT else None
+    content = read_content(path)
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None

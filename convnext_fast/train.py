@@ -27,12 +27,16 @@ import dwconv_kernels as dk
 from .backend_in_use import describe_backend, kernels_take_blocks
 from .data import EpochBatches, Mixing, Preprocessing, ShardBatches, derive_seed
 from .distributed import World, outlive_signals, stop_workers
-from .run_folder import FORMAT, RunFolder, can_plot, read_run_checkpoint, save_atomically
+from .run_folder import FORMAT, RunFolder, can_plot, read_run_checkpoint, save_run
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A resumed run may change these: where and how fast it computes, not what.
 FREE_OPTIONS = ("workers", "checkpoint_every")
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> str:
+    return "the images are others" if name == "images" else f"{name} is {ours!r}, was {theirs!r}"
 
 
 class Interrupted(Exception):
@@ -224,6 +228,7 @@ class Trainer:
             finally:
                 stop_workers(self.loader)
                 stop_workers(self.val_loader)
+                self._warn_of_replaced()  # an interrupted epoch's too
         if self.world.is_main:
             self.folder.write_plot(self.history)
         return {**self.history[-1], "images_per_second": self.seen / self.seconds if self.seconds else None}
@@ -256,12 +261,13 @@ class Trainer:
             record |= {f"ema_{key}": value for key, value in self.evaluate(self.ema.module).items()}
             if record["ema_val_accuracy"] > accuracy:
                 accuracy, weights = record["ema_val_accuracy"], self.ema.module
+        self._warn_of_replaced()
         self.history.append(record)
         self.epoch, self.step = self.epoch + 1, 0
         self.loss_sum.zero_()
         improved, self.best = accuracy > self.best, max(accuracy, self.best)
         if improved and self.world.is_main:
-            save_atomically(self.inference_state(weights), self.folder.best)
+            save_run(self.inference_state(weights), self.folder.best)
         self.save()
         if self.world.is_main:
             self.folder.write_log(self.history)
@@ -270,6 +276,11 @@ class Trainer:
             f"{label}: loss {record['train_loss']:.4f}, validation loss {record['val_loss']:.4f}, "
             f"accuracy {record['val_accuracy']:.2%}{ema}, {record['images_per_second']:.0f} images/s"
         )
+
+    def _warn_of_replaced(self) -> None:
+        for data in (self.task.train_data, self.task.val_data):
+            if hasattr(data, "warn_of_replaced"):  # files; what is in memory can be read
+                data.warn_of_replaced()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         o = self.options
@@ -377,7 +388,7 @@ class Trainer:
             self._stop_for("a weight")
         state = self.state()
         if self.world.is_main:
-            save_atomically(state, self.folder.last)
+            save_run(state, self.folder.last)
 
     def load(self, path) -> None:
         """Go on from what :meth:`save` wrote.
@@ -391,7 +402,7 @@ class Trainer:
         theirs, ours = state["options"], self._all_options()
         names = [name for name in {**ours, **theirs} if name not in FREE_OPTIONS and ours.get(name) != theirs.get(name)]
         if names:
-            differences = "; ".join(f"{name} is {ours.get(name)!r}, was {theirs.get(name)!r}" for name in names)
+            differences = "; ".join(_difference(name, ours.get(name), theirs.get(name)) for name in names)
             raise ValueError(f"cannot resume {path} with options that change the result: {differences}")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:

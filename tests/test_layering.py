@@ -27,12 +27,13 @@ BLOCK_STANDS_ON = {"launch": {"launch"}, "reference": {"reference"}, "op": {"op"
 
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [
-    "_version", "dtypes", "runtime", "primitives", "testing", "registration", "FAMILIES", "modules", "self_check", "__init__",
+    "_version", "dtypes", "runtime", "primitives", "testing", "registration", "FAMILIES", "modules", "self_check",
+    "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
-    "block", "model", "dialects", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate", "backbone",
-    "__init__", "backend_in_use", "distributed", "run_folder", "data", "train", "image_folder", "classify", "demo",
-    "cli", "__main__",
+    "block", "model", "dialects", "atomic_files", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate",
+    "backbone", "__init__", "backend_in_use", "distributed", "run_folder", "data", "folder_listing", "train",
+    "image_folder", "classify", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -166,6 +166,33 @@ def test_detector_and_its_backbone():
     assert load_checkpoint(ours(features_only=True), torchvision_body).fits
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("strict", [True, False])
+def test_values_beyond_the_models_dtype_are_refused(dtype, strict):
+    state, model = state_of("timm-linear"), ours().to(dtype)
+    state["stages.2.blocks.1.mlp.fc2.bias"][0] = 70000.0
+    state["head.norm.weight"][1] = -1e6
+    before = snapshot(model)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(model, state, strict=strict)
+    largest = f"{torch.finfo(dtype).max:g}"
+    assert str(caught.value) == (
+        f"the checkpoint: tensors hold values beyond {largest}, the largest of the model's {dtype}: "
+        "stages.2.1.pwconv2.bias, norm.weight"
+    )
+    assert all(torch.equal(t.float(), before[name].float()) for name, t in model.state_dict().items())
+    assert load_checkpoint(ours().bfloat16(), state).fits, "which has the range of float32"
+
+
+def test_advice_on_arguments_can_be_told_from_the_message():
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(ours(num_classes=9), v1())
+    assert str(caught.value) == caught.value.message + caught.value.advice
+    assert "reset_classifier" in caught.value.advice
+    assert "reset_classifier" not in caught.value.message
+    assert caught.value.message.count("\n") == 3
+
+
 def test_dtype_and_device_of_the_model_stay():
     model = ours().bfloat16()
     load_checkpoint(model, v1())

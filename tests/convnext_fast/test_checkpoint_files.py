@@ -1,9 +1,13 @@
 """Reading and saving checkpoint files: damaged, hostile, half-written."""
 
 import argparse
+import collections
+import errno
 import os
 import pickle
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from convnext_fast.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from convnext_fast.run_folder import RunFolder, save_run
 
 from .networks import (
     assert_identical,
@@ -63,6 +68,109 @@ def test_python_objects_are_refused_and_do_not_run(tmp_path, legacy):
     assert not trap.exists()
 
 
+def test_what_training_scripts_leave_beside_the_weights(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    state = v1()
+    best = collections.defaultdict(list, {"top1": [numpy.float64(81.3), numpy.float32(2), numpy.int64(7)]})
+    arrays = {"a": numpy.arange(6.0).reshape(2, 3), "b": numpy.array([True]), "s": numpy.str_("x")}
+    beside = {"best": best, "seen": collections.Counter("abc"), "arrays": arrays, "epoch": numpy.int64(3)}
+    torch.save({"state_dict": collections.defaultdict(int, state), **beside}, tmp_path / "c.pth")
+    assert_identical(read_checkpoint(tmp_path / "c.pth"), state)
+    torch.save({"model": state, "best": numpy.float64(81.3)}, tmp_path / "legacy.pth",
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    content = (tmp_path / "legacy.pth").read_bytes()
+    modules = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"  # as NumPy 2 and NumPy 1 call it
+    assert any(module in content for module in modules)
+    for module in modules:
+        (tmp_path / "other.pth").write_bytes(content.replace(modules[0], module).replace(modules[1], module))
+        assert_identical(read_checkpoint(tmp_path / "other.pth"), state)
+
+
+def test_other_objects_are_refused_in_our_own_words(tmp_path):
+    torch.save({"model": v1(), "path": Path("x")}, tmp_path / "path.pth")
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "path.pth")
+    message = str(caught.value)
+    assert re.search(r"path\.pth holds Python objects .*: pathlib\S*Path\. If you trust whoever made the file", message)
+    assert message.endswith("load it yourself and save its state_dict alone")
+    assert "safe_globals" not in message
+    assert "weights_only" not in message
+    (tmp_path / "bare.pkl").write_bytes(pickle.dumps({"a": 1}, protocol=5))
+    warnings.filterwarnings("ignore", "Detected pickle protocol")
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "bare.pkl")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_flipped_bit_is_damage(tmp_path):
+    file, net = tmp_path / "net.pth", v1()
+    save_checkpoint(net, file)
+    content = bytearray(file.read_bytes())
+    weight = net["stages.2.1.pwconv1.weight"].numpy().tobytes()
+    content[content.index(weight) + 5] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"net\.pth is damaged.*CRC"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_files_without_checksums_are_read(tmp_path, written):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(written)
+    try:
+        torch.save(v1(), tmp_path / "net.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert_identical(read_checkpoint(tmp_path / "net.pth"), v1())
+
+
+def test_what_is_no_path_and_what_is_a_folder(tmp_path):
+    for nothing in (None, [1], 3):
+        with pytest.raises(
+            TypeError, match=rf"^checkpoint is a {type(nothing).__name__}; the path of a file or a dict"
+        ):
+            load_checkpoint(ours(), nothing)
+        with pytest.raises(TypeError, match=rf"the checkpoint is a {type(nothing).__name__}; the path of a file"):
+            read_checkpoint(nothing)
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"checkpoint .*folder\.pth is a folder; a file is allowed"):
+        load_checkpoint(ours(), tmp_path / "folder.pth")
+    for suffix in (".pth", ".pt"):
+        (tmp_path / f"out{suffix}").mkdir()
+        with pytest.raises(IsADirectoryError, match=rf"^cannot write .*/out{suffix}: it is a folder; the name of a"):
+            save_checkpoint(v1(), tmp_path / f"out{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_disk_that_fills_up(tmp_path, suffix):
+    """A limit on the size of files stands in for the disk: the system's own error, in the middle of the file."""
+    resource = pytest.importorskip("resource")
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    file = tmp_path / f"net{suffix}"
+    save_checkpoint({"a": torch.ones(2)}, file)
+    before, (soft, hard) = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(OSError, match=rf"^cannot write .*net{suffix}: .*File too large"):
+            save_checkpoint({"a": torch.ones(3_000_000)}, file)
+        with pytest.raises(OSError, match=r"^cannot write .*last\.pth: File too large") as caught:
+            save_run({"a": torch.ones(3_000_000)}, tmp_path / "last.pth")
+        assert caught.value.errno == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_kill_left_is_removed_by_the_next_run(tmp_path):
+    remains, other = tmp_path / f".last.pth.{'0f' * 16}.tmp", tmp_path / ".last.pth.mine.tmp"
+    remains.touch()
+    other.touch()
+    RunFolder(tmp_path).create()
+    assert list(tmp_path.iterdir()) == [other]
+
+
 def test_plain_pickle_is_refused_and_does_not_run(tmp_path):
     trap, file = tmp_path / "ran", tmp_path / "plain.pkl"
     file.write_bytes(pickle.dumps({"model": Payload(trap)}, protocol=2))
@@ -89,7 +197,7 @@ def test_damaged_files(tmp_path, suffix, damage):
 
 
 def test_other_unreadable_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
         load_checkpoint(ours(), tmp_path / "nowhere.pth")
     torch.save({"epoch": 3, "names": ["a"]}, tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match=r"none\.pth holds no tensors, only epoch, names"):
@@ -144,12 +252,12 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     save_checkpoint(v1(), file)
     before = file.read_bytes()
 
-    def full_disk(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("no space left on device")
+    def full_disk(tensors, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=r"^cannot write .*net\.pth: no space left on device$"):
         save_checkpoint({"a": torch.ones(2)}, file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

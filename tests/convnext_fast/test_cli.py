@@ -29,8 +29,8 @@ TRAIN = [
 ]
 
 
-def fails(capsys, *arguments) -> str:
-    """Standard error of a command that must end with status 2, one line and no traceback."""
+def fails(capsys, *arguments, lines: int = 1) -> str:
+    """Standard error of a command that must end with status 2, so many lines and no traceback."""
     try:
         status = cli.main([str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse
@@ -38,7 +38,7 @@ def fails(capsys, *arguments) -> str:
     error = capsys.readouterr().err
     assert status == 2
     assert error.startswith("convnext-fast: error: ")
-    assert error.count("\n") == 1
+    assert error.count("\n") == lines
     return error
 
 
@@ -95,7 +95,7 @@ def test_ctrl_c_and_debug(monkeypatch, capsys):
 
 def test_train_learns_the_colours_and_writes_its_folder(trained, capsys):
     out = trained / "out"
-    names = {"best.pth", "images.json", "last.pth", "log.jsonl"}
+    names = {"best.pth", "images.json", "last.pth", "log.jsonl", "samples.json"}
     assert names <= {path.name for path in out.iterdir()} <= names | {"loss.png"}
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert last["val_accuracy"] >= 0.9
@@ -111,7 +111,7 @@ def test_resume_names_the_options_that_differ(trained, capsys):
     noisy_image((1, 2, 3), 0).save(trained / "data/train/red/new.png")
     try:
         error = fails(capsys, "train", trained / "data", "--out", trained / "out", *TRAIN, *options, "--resume")
-        assert "images is '" in error
+        assert "not those that the run began with; 1 was added: train/red/new.png" in error
     finally:
         (trained / "data/train/red/new.png").unlink()
 
@@ -151,7 +151,12 @@ BAD_TRAIN = [
     (["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
     (["--hflip", "2"], "hflip is 2.0; a probability in [0, 1] is allowed"),
     (["--randaugment", "30"], "randaugment is 30; a magnitude from 0 (off) to 29 is allowed"),
-    (["--device", "toaster"], "device is 'toaster'; e.g. cpu, cuda"),
+    (["--device", "toaster"], "device is 'toaster'; cpu, cuda"),
+    (["--device", "xpu"], "device is 'xpu'; cpu, cuda, one of several such as cuda:1, or mps is allowed"),
+    (["--device", "meta"], "device is 'meta'; cpu"),
+    (["--device", "cuda:-1"], "device is 'cuda:-1'; cpu"),
+    (["--no-augment", "--randaugment", "9"], "--no-augment and --randaugment are given; leave out one of them"),
+    (["--no-augment", "--hflip", "0.5"], "--no-augment and --hflip are given; leave out one of them"),
     (["--init-from", "none.pth"], "none.pth"),
     (["--init-from", "x", "--pretrained"], "pretrained and init_from are both given"),
     (["--val-fraction", "0.2"], "--val-fraction is given, and"),
@@ -229,7 +234,14 @@ def test_classify_a_foreign_checkpoint(tmp_path, capsys):
     (tmp_path / "names.json").write_text(json.dumps({str(i): [f"n{i}", f"thing{i}"] for i in range(20)}))
     named = classify(capsys, *arguments, "--class-names", tmp_path / "names.json")
     assert [line.replace("thing", "class ") for line in named] == found
-    assert "does not fit" in fails(capsys, "classify", *arguments, "--model", "convnext_femto")
+    error = fails(capsys, "classify", *arguments, "--model", "convnext_femto", lines=23).splitlines()
+    assert "does not fit ConvNeXt" in error[0]
+    assert error[1].split() == ["name", "model", "checkpoint"], "a table stays one"
+    assert "and" in error[-1]
+    assert "strict=False" not in "".join(error), "an argument that no command has"
+    for size in ("0", "16"):
+        error = fails(capsys, "classify", *arguments[:3], "--image-size", size)
+        assert f"image_size is {size}; 32 or more is allowed" in error
 
 
 def test_class_names_files(tmp_path):
@@ -267,7 +279,8 @@ def test_classify_errors(trained, tmp_path, capsys):
         ([text, "--checkpoint", checkpoint], "text.png is not an image that can be read"),
         ([image, "--checkpoint", tmp_path / "none.pth"], "none.pth does not exist"),
         ([image, "--checkpoint", damaged], "damaged.pth"),
-        ([image, "--checkpoint", evil], "evil.pth"),
+        ([image, "--checkpoint", evil], "evil.pth holds Python objects other than tensors"),
+        ([image, "--checkpoint", tmp_path], "is a folder; a file is allowed"),
         ([image, "--checkpoint", bare], "bare.pth"),
         ([image, "--checkpoint", checkpoint, "--model", "convnext_tiny"], "was trained as convnext_atto"),
         ([image, "--checkpoint", checkpoint, "--class-names", names], "1 class names are given; the checkpoint has 3"),
@@ -306,3 +319,6 @@ def test_convert_errors(trained, tmp_path, capsys):
     )
     error = fails(capsys, "convert", best, tmp_path / "no/a.pth", "--to", "timm")
     assert f"folder {tmp_path / 'no'} does not exist" in error
+    (tmp_path / "out.pth").mkdir()
+    error = fails(capsys, "convert", best, tmp_path / "out.pth", "--to", "timm")
+    assert f"cannot write {tmp_path / 'out.pth'}: it is a folder" in error

@@ -1,7 +1,9 @@
 """Images, their order, and augmentation."""
 
+import errno
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,10 @@ from convnext_fast.data import (
     ShardBatches,
     TensorImages,
     derive_seed,
-    list_folder,
     open_image,
 )
 
-from .image_folders import make_folder, noisy_image, truncate
+from .image_folders import COLOURS, make_folder, noisy_image, truncate
 
 image_module = pytest.importorskip("PIL.Image")
 
@@ -218,90 +219,50 @@ def test_tensor_images_checks_shapes():
         TensorImages(torch.zeros(2, 3), torch.zeros(2))
 
 
-# Folders
+# Images that break while a run is on
 
 
-def test_train_and_val_folders(tmp_path):
-    listing = list_folder(make_folder(tmp_path, train=2, val=1))
-    assert listing.class_names == ["blue", "green", "red"]
-    assert listing.train[:3] == [("train/blue/0.png", 0), ("train/blue/1.png", 0), ("train/green/0.png", 1)]
-    assert listing.val == [("val/blue/0.png", 0), ("val/green/0.png", 1), ("val/red/0.png", 2)]
-    files = ImageFiles(tmp_path, listing.train, Preprocessing(16), Augmentation(), seed=3)
-    image, label = files[1, 4]
-    assert (image.shape, label) == ((3, 16, 16), 2)
-    assert torch.equal(image, files[1, 4][0])
-    assert not torch.equal(image, files[2, 4][0]), "the next epoch must crop elsewhere"
+def _files(root, **kwargs):
+    samples = [(f"train/{name}/{i}.png", label) for label, name in enumerate(COLOURS) for i in range(4)]
+    return ImageFiles(root, samples, Preprocessing(16), **kwargs)
 
 
-def test_a_flat_folder_is_split_by_class_and_the_split_does_not_move(tmp_path):
-    root = make_folder(tmp_path, train=10, val=1) / "train"
-    listing = list_folder(root, 0.3)
-    assert len(listing.val) == 9
-    assert [label for _, label in listing.val] == [0] * 3 + [1] * 3 + [2] * 3
-    assert not {path for path, _ in listing.train} & {path for path, _ in listing.val}
-    assert len(listing.train) == 21
-    assert list_folder(root, 0.3) == listing
-    assert len(list_folder(root).val) == 3, "0.1 is the default"
-    (root / "red" / "11.png").write_bytes((root / "red" / "1.png").read_bytes())
-    assert list_folder(root, 0.3).fingerprint() != listing.fingerprint()
+@pytest.mark.parametrize("spoil", [truncate, Path.unlink])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_breaks_is_replaced_by_one_of_its_class(tmp_path, caplog, spoil, workers):
+    make_folder(tmp_path, train=4)
+    whole = _files(tmp_path)
+    others = [whole[0, i][0] for i in (4, 6, 7)]
+    spoil(tmp_path / "train/green/1.png")
+    files = _files(tmp_path)
+    items = [[(epoch, 5), (epoch, 2)] for epoch in range(8)]
+    loader = torch.utils.data.DataLoader(files, batch_sampler=items, num_workers=workers)
+    batches = list(loader)
+    found = set()
+    for images, labels in batches:
+        assert labels.tolist() == [1, 0]
+        assert torch.equal(images[1], whole[0, 2][0])
+        found |= {i for i, other in enumerate(others) if torch.equal(images[0], other)}
+    assert len(found) > 1, "another one in another epoch"
+    again = [_files(tmp_path)[epoch, 5][0] for epoch in range(8)]
+    assert all(torch.equal(images[0], other) for (images, _), other in zip(batches, again, strict=True))
+    files.warn_of_replaced()
+    files.warn_of_replaced()
+    assert caplog.messages == [
+        "1 of 12 images cannot be read any more, and others of their class were taken in their place: train/green/1.png"
+    ]
 
 
-def test_broken_images_are_left_out_with_one_warning(tmp_path, caplog):
-    make_folder(tmp_path)
-    truncate(tmp_path / "train/green/2.png")
-    noisy_image((0, 0, 0), 0, (600, 600)).save(tmp_path / "train/red/9.jpg")
-    truncate(tmp_path / "train/red/9.jpg")
-    (tmp_path / "val/blue/0.png").write_bytes(b"")
-    (tmp_path / "train/blue/note.txt").write_text("not counted")
-    cache = tmp_path / "images.json"
-    listing = list_folder(tmp_path, cache=cache)
-    assert len(caplog.records) == 1
-    assert caplog.messages[0] == (
-        "skipped 3 of 34 images that cannot be read: train/green/2.png, train/red/9.jpg, val/blue/0.png"
-    )
-    assert len(listing.train) == 23
-    assert len(listing.val) == 8
-    assert list_folder(tmp_path, cache=cache) == listing, "the same with what the cache remembers"
-    noisy_image((0, 0, 0), 0).save(tmp_path / "val/blue/0.png")
-    assert len(list_folder(tmp_path, cache=cache).val) == 9, "a file that changed is looked at again"
-
-
-def _remove(root, pattern):
-    for path in root.glob(pattern):
+def test_a_disk_that_is_gone_ends_the_run(tmp_path, monkeypatch):
+    files = _files(make_folder(tmp_path, train=4))
+    for path in (tmp_path / "train/red").iterdir():
         path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"red/1\.png does not exist"):
+        files[0, 9]
 
+    def no_descriptors(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
 
-def _spoil(root, pattern):
-    for path in root.glob(pattern):
-        path.write_bytes(b"broken")
-
-
-BAD_FOLDERS = [
-    ("no images", lambda root: _remove(root, "train/*/*"), r"train has no images; expected .*<class>"),
-    ("empty class", lambda root: _remove(root, "train/green/*"), "class green in .*train has no images"),
-    ("all broken", lambda root: _spoil(root, "*/*/*.png"), "none of the 33 images in .* can be read"),
-    ("a class broken", lambda root: _spoil(root, "train/red/*"), "no image can be read of class red"),
-    ("new class in val", lambda root: (root / "val/red").rename(root / "val/pink"), "that .*train does not: pink"),
-    ("no val", lambda root: (root / "val").rename(root / "test"), "has train/ but no val/ folder"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("spoil, message", [row[1:] for row in BAD_FOLDERS], ids=[row[0] for row in BAD_FOLDERS])
-def test_bad_folders(tmp_path, spoil, message):
-    spoil(make_folder(tmp_path))
-    with pytest.raises(ValueError, match=message):
-        list_folder(tmp_path)
-
-
-def test_a_single_class_and_a_missing_folder(tmp_path):
-    make_folder(tmp_path)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "train/red").rename(tmp_path / "one/red")
-    with pytest.raises(ValueError, match=r"one holds the single class 'red'; at least two"):
-        list_folder(tmp_path / "one")
-    with pytest.raises(FileNotFoundError, match="nothing does not exist or is not a folder"):
-        list_folder(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"val_fraction is 1\.0; a number between 0 and 1"):
-        list_folder(tmp_path, 1.0)
-    with pytest.raises(ValueError, match=r"--val-fraction is given, and .* has a val/ folder"):
-        list_folder(tmp_path, 0.5)
+    monkeypatch.setattr("convnext_fast.data.open_image", no_descriptors)
+    with pytest.raises(OSError, match="Too many open files"):
+        files[0, 0]

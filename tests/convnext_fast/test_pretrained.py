@@ -130,6 +130,7 @@ def test_no_network(server, cache, failure):
     with pytest.raises(RuntimeError) as caught:
         convnext_fast.convnext_tiny(pretrained=True, **TINY)
     message = str(caught.value)
+    assert isinstance(caught.value, OSError), "as a failing download is one"
     assert URL in message
     assert str(failure) in message
     assert 'pretrained="/path/to/file"' in message
@@ -143,7 +144,7 @@ def test_corrupt_download_is_not_kept(server, cache, damage):
     bad = {"truncated": good[: len(good) // 2], "web page": b"<html>captive portal</html>", "empty": b""}
     bad["nan"] = file_of({"model": {**state, "norm.bias": torch.full_like(state["norm.bias"], float("nan"))}})
     server.files[URL] = bad[damage]
-    with pytest.raises(RuntimeError, match=re.escape(f"{URL} gave a file that cannot be used. Try again")):
+    with pytest.raises(RuntimeError, match=re.escape(f"{URL} gave a file that cannot be used: ")):
         convnext_fast.convnext_tiny(pretrained=True, **TINY)
     assert list(cache.iterdir()) == []
     server.files[URL] = good
@@ -228,6 +229,23 @@ def test_other_channels(server, channels):
         with torch.no_grad():
             got, expected = (m(grey.expand(-1, m.in_chans, -1, -1)) for m in (model, plain))
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_grey_stem_gives_one_for_other_channels(tmp_path, channels):
+    grey = randomise(ours(in_chans=1, **TINY)).eval()
+    torch.save(grey.state_dict(), tmp_path / "grey.pth")
+    kwargs = {"num_classes": grey.num_classes, "in_chans": channels, **TINY}
+    model = convnext_fast.convnext_tiny(pretrained=tmp_path / "grey.pth", **kwargs).eval()
+    x = images(channels=1)
+    with torch.no_grad():
+        assert torch.allclose(model(x.expand(-1, channels, -1, -1)), grey(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_stem_for_unknown_channels_is_not_guessed(tmp_path):
+    torch.save(randomise(ours(in_chans=5, **TINY)).state_dict(), tmp_path / "five.pth")
+    with pytest.raises(CheckpointError, match=r"shape +downsample_layers\.0\.0\.weight"):
+        convnext_fast.convnext_tiny(pretrained=tmp_path / "five.pth", num_classes=7, **TINY)
 
 
 def test_other_channels_isotropic(tmp_path):

@@ -117,7 +117,7 @@ def test_training_learns_and_records(tmp_path, amp):
     assert summary["images_per_second"] > 0
     best = read_run_checkpoint(tmp_path / "best.pth")
     assert best["metrics"]["val_accuracy"] == max(line["val_accuracy"] for line in lines) == trainer.best
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 # Resuming
@@ -226,10 +226,12 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         file.write(b"half")
         raise KeyboardInterrupt
 
+    names = sorted(tmp_path.iterdir())
     monkeypatch.setattr(torch, "save", write_half)
     with pytest.raises(KeyboardInterrupt):
         trainer.save()
     assert (tmp_path / "last.pth").read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == names, "half a file is left"
 
 
 def test_grad_clipping_bounds_the_update(tmp_path):
@@ -364,3 +366,17 @@ def test_torchrun_reports_an_error_once(tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("convnext-fast: error:") == 1
     assert f"DATA_DIR {tmp_path / 'nothing'} does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--image-size", "16"], "image_size is 16; 32 or more is allowed"),
+    (["--init-from", "none.pth"], "none.pth does not exist"),
+], ids=["image size", "checkpoint"])  # fmt: skip
+def test_torchrun_reports_what_every_process_meets_once(tmp_path, options, message):
+    pytest.importorskip("PIL")
+    data = make_folder(tmp_path / "data", train=2, val=1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run([*torchrun, "-m", *command(data, tmp_path / "out", *options)[2:], "--device", "cpu"])
+    assert result.returncode != 0
+    assert result.stderr.count("convnext-fast: error:") == 1
+    assert message in result.stderr

@@ -1,0 +1,32 @@
+"""Small networks of every version, and how two of them are compared."""
+
+import pytest
+import torch
+
+from convnext_fast import ConvNeXt, ConvNeXtIsotropic
+
+SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "num_classes": 5}
+VERSIONS = {
+    "v1": lambda **kw: ConvNeXt(**{**SMALL, "layer_scale_init_value": 1.0, **kw}),
+    "v2": lambda **kw: ConvNeXt(**{**SMALL, "layer_scale_init_value": 0.0, "use_grn": True, **kw}),
+    "isotropic": lambda **kw: ConvNeXtIsotropic(**{"depth": 3, "dim": 16, "num_classes": 5, "patch_size": 8, **kw}),
+}
+each_version = pytest.mark.parametrize("build", VERSIONS.values(), ids=VERSIONS)
+
+
+def randomised(model):
+    """No parameter at an initial value that would hide it (γ = 1, β = 0, GRN's zeros)."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=g), alpha=0.1)
+    return model
+
+
+def gradients(model, x):
+    return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+
+
+def assert_all_close(actual, expected, tolerance=1e-5):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * e.abs().max().item())
