@@ -91,7 +91,7 @@ def test_half_precision_errors_no_larger_than_pytorchs(dtype, options, grn_std, 
     peer = with_gradients(pytorch, tensors, lambda y: dout, but=ROW_SCALE)
     expected = with_gradients(pytorch, to(tensors, torch.float64), lambda y: dout.double(), but=ROW_SCALE)
     for i, (a, p, e) in enumerate(zip(actual, peer, expected, strict=True)):
-        # A ratio of two errors of a few numbers is itself noise; and what PyTorch rounds in between is not ours to judge.
+        # A ratio of two errors of a few numbers is noise; and what PyTorch rounds in between is not ours to judge.
         rms, maximum = (1.1, 2) if e.numel() >= 1000 else (2, 3)
         testing.assert_no_worse(a, p, e, rms, maximum, f"number {i}")
         if backend == "reference":
