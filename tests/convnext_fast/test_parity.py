@@ -68,10 +68,10 @@ def assert_parity(model: nn.Module, peer: nn.Module, dialect: str, x: Tensor) ->
     mine = gradients(model)
     assert mine.keys() == theirs.keys()
     for name in mine:
-        assert_same(mine[name], theirs[name], f"gradient of {name}", tolerance=2e-5)
+        assert_same(mine[name], theirs[name], f"gradient of {name}")
     back = convert_state_dict(mine, to=dialect, like=peer)
     for name, grad in gradients(peer).items():
-        assert_same(back[name], grad, f"gradient of the peer's {name}", tolerance=2e-5)
+        assert_same(back[name], grad, f"gradient of the peer's {name}")
 
 
 @pytest.mark.parametrize("size", [(64, 64), (61, 75)])
@@ -160,7 +160,7 @@ def test_training_drops_the_same_paths_as_timm(v2):
         assert (outputs[0] - model.eval()(x)).abs().max() > 1e-2, "nothing was dropped"
     theirs = convert_state_dict(gradients(peer), to="facebook", like=model)
     for name, grad in gradients(model).items():
-        assert_same(grad, theirs[name], f"gradient of {name}", tolerance=2e-5)
+        assert_same(grad, theirs[name], f"gradient of {name}")
 
 
 def test_final_eps_is_all_that_huggingface_does_differently():
