@@ -268,10 +268,10 @@ def _read_cache(cache: Path | None) -> dict[str, list]:
     """path -> [size, time of change, can it be read?]; empty where the file is not there or of another shape."""
     try:
         known = json.loads(cache.read_text(encoding="utf-8")) if cache is not None and cache.is_file() else {}
-        if isinstance(known, dict) and all(_is_entry(entry) for entry in known.values()):
-            return known
     except (ValueError, RecursionError):
-        pass
+        known = None
+    if isinstance(known, dict) and all(_is_entry(entry) for entry in known.values()):
+        return known
     logger.debug("%s is damaged; checking all images again", cache)
     return {}
 
