@@ -244,6 +244,8 @@ def _train(arguments: argparse.Namespace) -> None:
                 + (f"{speed:.1f} images/s, " if speed else "")
                 + f"backend {describe_backend(world.device)}; {trainer.folder.best} holds the best weights"
             )
+        del trainer
+        world.part()
     finally:
         world.leave()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -81,6 +82,15 @@ class World:
         if failed:
             raise FailedElsewhere(2)
         return result
+
+    def part(self) -> None:
+        """The end of a run that went well, before :meth:`leave`; the caller has let go of its network.
+
+        Gloo can wait for ever where a process takes down the reducer of its network after the group is gone.
+        """
+        if self.size > 1:
+            gc.collect()  # networks hold on to themselves
+            self.gather([0.0])
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
