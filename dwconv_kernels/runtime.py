@@ -3,6 +3,7 @@
 The only module that reads environment variables:
 
 - ``DWCONV_KERNELS_BACKEND``: the backend that is in force from import on (``auto`` where it is not set);
+- ``DWCONV_KERNELS_STRICT=1``: what :class:`strict` does, from import on;
 - ``TRITON_INTERPRET=1``: Triton's own switch; kernels then run on CPU tensors, in its interpreter.
 """
 
@@ -23,7 +24,13 @@ FAMILIES = ("depthwise", "norm_linear", "block")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "0").lower() in ("1", "true", "on", "yes")
+
+
+INTERPRETER = _switched_on("TRITON_INTERPRET")
 
 
 def _checked(name: str, source: str) -> str:
@@ -74,6 +81,34 @@ class backend:
             last -= 1
         _entered = _entered[:last] + _entered[last + 1 :]
         _backend = _entered[-1] if _entered else _DEFAULT
+
+
+_strict = int(_switched_on("DWCONV_KERNELS_STRICT"))  # how many ask for it
+
+
+class strict:
+    """Context manager: kernels let an Inf or NaN reach exactly the results that its place in the formula reaches.
+
+    In the fast form for half types, the depthwise kernels add two neighbouring rows before they multiply. An Inf or NaN
+    then also reaches one row of outputs beyond its window, an Inf may come out as NaN, and values above half of the
+    dtype's largest may overflow. Strict kernels take one row at a time, as they always do in fp32, and are about a sixth
+    slower. In the whole process, all threads of it, forward and backward passes that run inside. Nothing changes on
+    other backends.
+    """
+
+    def __enter__(self) -> strict:
+        global _strict
+        _strict += 1
+        return self
+
+    def __exit__(self, *_) -> None:
+        global _strict
+        _strict -= 1
+
+
+def strict_kernels() -> bool:
+    """Are kernels to be :class:`strict`?"""
+    return _strict > 0
 
 
 def select(operator: str, x: Tensor, why_not: Callable[[], str | None]) -> str:
@@ -159,6 +194,8 @@ def launchers(family: str) -> ModuleType:
     reason = _why_not_family(family)
     if reason is not None:
         raise RuntimeError(f"no Triton kernels for {family}: {reason}")
+    if INTERPRETER:
+        importlib.import_module(f"{__package__}.interpreter").repair()
     return importlib.import_module(f"{__package__}.{family}.launch")
 
 

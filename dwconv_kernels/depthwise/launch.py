@@ -1,0 +1,164 @@
+"""Launches the depthwise kernels: layouts, allocation, grids. Callable without autograd; arguments are checked above.
+
+The kernels read and write maps that are channels_last without gaps. Other layouts are copied on the way in, and out:
+for a contiguous (N, C, H, W) map that is two more passes over memory in each direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from .. import registration, runtime
+from . import config, kernels
+
+Pair = tuple[int, int]
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_SUM_BLOCK = {"BLOCK_P": 32, "BLOCK_C": 32}  # partial sums are read as tiles of 4 KB, whole sectors of 32 channels
+_TAPS_BLOCK_C = 128
+
+
+def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> str | None:
+    """Why no kernel takes this convolution; None where one does."""
+    name = _NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
+    autocast = runtime.autocast_dtype(x)
+    if autocast is not None:
+        name = _NAMES.get(autocast, str(autocast))
+    return config.why_not(name, *weight.shape[2:], stride, padding, dilation)
+
+
+def depthwise_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """y (N, C, OH, OW) in x's memory format; stride and dilation are 1."""
+    kernel = weight.shape[2:]
+    size = [x.shape[2 + k] + 2 * padding[k] - kernel[k] + 1 for k in range(2)]
+    y = registration.empty_map(x, (*x.shape[:2], *size))
+    _convolve(x, weight, bias, padding, y, flip=False)
+    return y
+
+
+def depthwise_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in x's memory format, dw and db in the layouts of the parameters; of shape (0,) where not ``wanted``."""
+    dx = registration.empty_map(x, x.shape) if wanted[0] else x.new_empty(0)
+    dw, db = registration.parameter_gradients((weight, bias), wanted[1:], x)
+    dy = dy.contiguous(memory_format=torch.channels_last)  # once for both passes
+    if wanted[0]:
+        # The same operator on dy, with the taps turned around.
+        turned = tuple(k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True))
+        _convolve(dy, weight, None, turned, dx, flip=True)
+    if wanted[1] or wanted[2]:
+        _weight_gradient(dy, x, weight.shape[2:], padding, dw if wanted[1] else None, db if wanted[2] else None)
+    return dx, dw, db
+
+
+def _arch(x: Tensor) -> int:
+    if not x.is_cuda:
+        return 90  # the interpreter: as on the GPU that the kernels were made for
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def _on_device(x: Tensor):
+    """Triton launches on the current device and its current stream."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _blocks(c: int) -> int:
+    return -(-c // config.BLOCK_C)
+
+
+def _is_same(kernel: Pair, padding: Pair) -> bool:
+    return tuple(padding) == (kernel[0] // 2, kernel[1] // 2)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, out: Tensor, flip: bool) -> None:
+    """Fills ``out`` (N, C, OH, OW), of any layout, with x convolved with the weight, or with the weight turned around."""
+    if out.numel() == 0:
+        return
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = out if out.is_contiguous(memory_format=torch.channels_last) else _empty_channels_last(out)
+    (n, c, h, w), (oh, ow), (kh, kw) = x.shape, out.shape[2:], weight.shape[2:]
+    choice = config.pick_forward(_NAMES[x.dtype], kh, kw, _is_same((kh, kw), padding), ow, runtime.strict_kernels())
+    strips = choice.strips(ow)
+    columns = n * strips * _blocks(c)
+    rows = config.rows_per_program(_arch(x), columns, oh, kh)
+    grid = (columns * -(-oh // rows),)
+    with _on_device(x):
+        taps = _taps(x, weight, bias, choice.pairs, flip)
+        constants = choice.constants(c, kh, kw)
+        kernel = getattr(kernels, choice.kernel)
+        if choice.pairs:
+            kernel[grid](x, taps, y, h, w, rows, strips, **constants, num_warps=1, num_stages=1)
+        else:
+            kernel[grid](
+                x, taps, y, h, w, oh, ow, padding[0], padding[1], rows, strips, **constants, num_warps=1, num_stages=1
+            )
+    if y is not out:
+        out.copy_(y)
+
+
+def _empty_channels_last(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: bool, flip: bool) -> Tensor:
+    """The fp32 table that the forward kernels read: one row of C per tap (and per sum of taps), the bias last."""
+    c, _, kh, kw = weight.shape
+    count = kh * kw + 1 + (kh // 2 * kw if pairs else 0)
+    taps = torch.empty((count, c), dtype=torch.float32, device=x.device)
+    kernels._depthwise_taps_kernel[(count * -(-c // _TAPS_BLOCK_C),)](
+        x, weight, weight if bias is None else bias, taps,
+        int(bias is not None), int(flip), c,
+        weight.stride(0), weight.stride(2), weight.stride(3), 0 if bias is None else bias.stride(0),
+        KH=kh, KW=kw, PAIRS=pairs, BLOCK_C=_TAPS_BLOCK_C, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return taps
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None, db: Tensor | None) -> None:
+    """Fills dw (C, 1, KH, KW) and db (C,), each unless it is None; dy is channels_last."""
+    if dy.numel() == 0:
+        for gradient in (dw, db):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    x = x.contiguous(memory_format=torch.channels_last)
+    (n, c, h, w), (oh, ow), (kh, kw) = x.shape, dy.shape[2:], kernel
+    choice = config.pick_backward_weight(
+        _NAMES[x.dtype], kh, kw, _is_same(kernel, padding), ow, runtime.strict_kernels()
+    )
+    strips = choice.strips(ow)
+    images, rows = config.cut_backward_weight(_arch(x), strips * _blocks(c), n, h, kh)
+    parts = strips * -(-h // rows) * -(-n // images)
+    with _on_device(x):
+        partials = torch.empty((parts, kh * kw + 1, c), dtype=torch.float32, device=x.device)
+        constants = choice.constants(c, kh, kw)
+        grid = (parts * _blocks(c),)
+        launch = getattr(kernels, choice.kernel)[grid]
+        if choice.pairs:
+            launch(x, dy, partials, n, h, w, rows, strips, images, **constants, num_warps=1, num_stages=1)
+        else:
+            launch(
+                x, dy, partials, n, h, w, oh, ow, padding[0], padding[1], rows, strips, images,
+                **constants, num_warps=1, num_stages=1,
+            )  # fmt: skip
+        kernels._depthwise_sum_kernel[((kh * kw + 1) * -(-c // _SUM_BLOCK["BLOCK_C"]),)](
+            partials, db if dw is None else dw, dw if db is None else db, parts, int(dw is not None), int(db is not None), c,
+            *((0, 0, 0) if dw is None else (dw.stride(0), dw.stride(2), dw.stride(3))),
+            KH=kh, KW=kw, **_SUM_BLOCK, num_warps=4, num_stages=1,
+        )  # fmt: skip
