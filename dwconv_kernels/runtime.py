@@ -25,7 +25,6 @@ MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 
 
-
 def _switched_on(variable: str) -> bool:
     return os.environ.get(variable, "0").lower() in ("1", "true", "on", "yes")
 
@@ -90,10 +89,9 @@ class strict:
     """Context manager: kernels let an Inf or NaN reach exactly the results that its place in the formula reaches.
 
     In the fast form for half types, the depthwise kernels add two neighbouring rows before they multiply. An Inf or NaN
-    then also reaches one row of outputs beyond its window, an Inf may come out as NaN, and values above half of the
-    dtype's largest may overflow. Strict kernels take one row at a time, as they always do in fp32, and are about a sixth
-    slower. In the whole process, all threads of it, forward and backward passes that run inside. Nothing changes on
-    other backends.
+    then also reaches one row of outputs beyond its window, an Inf may come out as NaN, and bf16 values above 1.7e38
+    overflow. Strict kernels take one row at a time, as they always do in fp32, and are about a sixth slower. In the
+    whole process, all threads of it, for forward and backward passes that run inside. Other backends do not change.
     """
 
     def __enter__(self) -> strict:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 BLOCK_C = 32  # one warp, a channel per lane; two per lane cost registers and more conversions than they save loads
 DTYPES = ("bf16", "fp16", "fp32")
@@ -18,7 +18,7 @@ MAX_KERNEL = 9  # taps live in registers: 81 are what leaves room for the sums
 MAX_LINE = 11  # of kernels that are one tap high or wide
 MAX_STRIPS_W = 32_768  # kernels compute strip · W in 32 bits
 
-# Streaming multiprocessors of the biggest common GPU of an architecture, each with four schedulers of one warp at a time.
+# Streaming multiprocessors of the biggest common GPU of an architecture; each has four schedulers.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 170}
 
 
@@ -63,9 +63,7 @@ def why_not(dtype: str, kh: int, kw: int, stride: tuple, padding: tuple, dilatio
     if kh % 2 == 0 or kw % 2 == 0:
         return f"the kernel is {kh}×{kw}; the kernels take odd sizes"
     if max(kh, kw) > (MAX_LINE if min(kh, kw) == 1 else MAX_KERNEL):
-        return (
-            f"the kernel is {kh}×{kw}; the kernels go up to {MAX_KERNEL}×{MAX_KERNEL}, 1×{MAX_LINE} and {MAX_LINE}×1"
-        )
+        return f"the kernel is {kh}×{kw}; the kernels go up to {MAX_KERNEL}×{MAX_KERNEL}, 1×{MAX_LINE} and {MAX_LINE}×1"
     if padding[0] >= kh or padding[1] >= kw:
         return f"padding is {tuple(padding)}; the kernels take at most the kernel's size − 1, here {(kh - 1, kw - 1)}"
     return None
@@ -76,12 +74,11 @@ def strips_fit(w: int, block_w: int, kw: int) -> bool:
     if w < block_w or w > MAX_STRIPS_W:
         return False
     strips = -(-w // block_w)
-    starts = [strip * (w - block_w) // max(strips - 1, 1) for strip in (0, 1, strips - 2, strips - 1)[: strips + 1]]
-    gaps = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True) if b > a]
-    return strips == 1 or (min(gaps, default=0) >= kw // 2 and (w - block_w) // (strips - 1) >= kw // 2)
+    # Inner strips are no nearer to the ends of the map than the distance of two strips, rounded down.
+    return strips == 1 or (w - block_w) // (strips - 1) >= kw // 2
 
 
-@lru_cache(maxsize=None)
+@cache
 def pick_forward(dtype: str, kh: int, kw: int, same: bool, w: int, strict: bool = False) -> Choice:
     """The kernel for a forward pass or an input gradient.
 
@@ -102,7 +99,7 @@ def pick_forward(dtype: str, kh: int, kw: int, same: bool, w: int, strict: bool 
     return Choice(direct, 4, "masked", "any width and padding: small maps waste least in narrow strips")
 
 
-@lru_cache(maxsize=None)
+@cache
 def pick_backward_weight(dtype: str, kh: int, kw: int, same: bool, w: int, strict: bool = False) -> Choice:
     """The kernel for the weight's and bias's gradient; arguments as in :func:`pick_forward`."""
     if same and dtype != "fp32" and (kh, kw) == (7, 7) and not strict and strips_fit(w, 7, kw):
@@ -126,12 +123,13 @@ def shipped(dtype: str, kh: int, kw: int, strict: bool = False) -> Iterator[Choi
 
 
 def _schedulers(arch: int) -> int:
-    return 4 * MULTIPROCESSORS.get(arch, 132)
+    # 0 is the interpreter, which runs one program after another and has nothing to gain from cutting a map up.
+    return 4 * MULTIPROCESSORS.get(arch, 132) if arch else 1
 
 
 def _time(cost: float, programs: int, schedulers: int) -> float:
     # A scheduler with a single warp waits for memory about half of the time; with two or more it shares its slots.
-    return cost * max(2, -(-programs // schedulers))
+    return cost * (programs if schedulers == 1 else max(2, -(-programs // schedulers)))
 
 
 @lru_cache(maxsize=4096)

@@ -27,6 +27,9 @@ def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pa
     autocast = runtime.autocast_dtype(x)
     if autocast is not None:
         name = _NAMES.get(autocast, str(autocast))
+    row = x.shape[1] * (x.shape[3] + 2 * padding[1])
+    if 2 * row >= 2**31:  # the step of a pair of rows
+        return f"a row of the map has {row} elements; the kernels take less than 2^30"
     return config.why_not(name, *weight.shape[2:], stride, padding, dilation)
 
 
@@ -66,7 +69,7 @@ def depthwise_backward(
 
 def _arch(x: Tensor) -> int:
     if not x.is_cuda:
-        return 90  # the interpreter: as on the GPU that the kernels were made for
+        return 0  # the interpreter
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
@@ -87,7 +90,7 @@ def _is_same(kernel: Pair, padding: Pair) -> bool:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, out: Tensor, flip: bool) -> None:
-    """Fills ``out`` (N, C, OH, OW), of any layout, with x convolved with the weight, or with the weight turned around."""
+    """Fills ``out`` (N, C, OH, OW), of any layout, with x convolved with the weight, or the weight turned around."""
     if out.numel() == 0:
         return
     x = x.contiguous(memory_format=torch.channels_last)
@@ -123,9 +126,9 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: bool, flip: boo
     taps = torch.empty((count, c), dtype=torch.float32, device=x.device)
     kernels._depthwise_taps_kernel[(count * -(-c // _TAPS_BLOCK_C),)](
         x, weight, weight if bias is None else bias, taps,
-        int(bias is not None), int(flip), c,
+        int(bias is not None), int(flip), int(pairs), c,
         weight.stride(0), weight.stride(2), weight.stride(3), 0 if bias is None else bias.stride(0),
-        KH=kh, KW=kw, PAIRS=pairs, BLOCK_C=_TAPS_BLOCK_C, num_warps=4, num_stages=1,
+        KH=kh, KW=kw, BLOCK_C=_TAPS_BLOCK_C, num_warps=4, num_stages=1,
     )  # fmt: skip
     return taps
 
@@ -158,7 +161,8 @@ def _weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Ten
                 **constants, num_warps=1, num_stages=1,
             )  # fmt: skip
         kernels._depthwise_sum_kernel[((kh * kw + 1) * -(-c // _SUM_BLOCK["BLOCK_C"]),)](
-            partials, db if dw is None else dw, dw if db is None else db, parts, int(dw is not None), int(db is not None), c,
+            partials, db if dw is None else dw, dw if db is None else db, parts,
+            int(dw is not None), int(db is not None), c,
             *((0, 0, 0) if dw is None else (dw.stride(0), dw.stride(2), dw.stride(3))),
             KH=kh, KW=kw, **_SUM_BLOCK, num_warps=4, num_stages=1,
         )  # fmt: skip

@@ -1,0 +1,250 @@
+"""Depthwise convolution in Triton: gradients of weight and bias. Formulas: this folder's README; strips: strips.py."""
+
+import triton
+import triton.language as tl
+
+from ..primitives import KEEP, fma, plus, prefetch, repeated, take
+from .strips import (
+    POINTERS,
+    SIZES,
+    columns_inside,
+    columns_owned,
+    load_columns,
+    load_gradients,
+    load_gradients_at,
+    strip_start,
+)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+def _depthwise_bwd_weight_kernel(
+    x_ptr, dy_ptr, partials_ptr, N, H, W, OH, OW, padding_h, padding_w, rows, strips, images,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Sums of dk and, last, db over parts of the map: partials (programs / channel blocks, KH·KW + 1, C), fp32.
+
+    One program per (``images`` images, ``rows`` rows of x, strip of dy's columns, BLOCK_C channels), the last varying
+    fastest. It keeps KH·KW sums and a window of KH rows of dy, and reads one row of x at a time.
+    """
+    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    COLUMNS: tl.constexpr = BLOCK_W + KW - 1
+    program = tl.program_id(0)
+    channels = (program % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = program // CHANNEL_BLOCKS
+    strip = part % strips
+    start = strip_start(strip, strips, OW, BLOCK_W, EDGE)
+    rest = part // strips
+    chunks = (H + rows - 1) // rows
+    begin = (rest % chunks) * rows
+    end = tl.minimum(begin + rows, H)
+    first_image = rest // chunks * images
+    last_image = tl.minimum(first_image + images, N)
+
+    if EDGE == "masked":
+        PH = padding_h
+        PW = padding_w
+        column = start - PW
+    else:
+        PH: tl.constexpr = KH // 2
+        PW: tl.constexpr = KW // 2
+        column = start
+    offs_c = channels if C % BLOCK_C == 0 else tl.minimum(channels, C - 1)
+    row_of_x = W.to(tl.int64) * C
+    x_step = W * C
+    row_of_dy = OW.to(tl.int64) * C
+    keeps = columns_inside(start, W, PW, COLUMNS)
+    owns = columns_owned(strip, strips, start, OW, BLOCK_W, EDGE)
+    to_left = tl.where(start >= KW // 2, -(KW // 2) * C, 0)
+    to_right = tl.where(start + BLOCK_W + KW // 2 <= W, BLOCK_W * C, 0)
+
+    zero = tl.zeros((BLOCK_C,), tl.float32)
+    dk = repeated(zero, KH * KW)
+    db = zero
+    for n in range(first_image, last_image):
+        x_row = x_ptr + (n * (H * row_of_x) + begin * row_of_x + column.to(tl.int64) * C + offs_c)
+        dy_image = dy_ptr + (n * (OH * row_of_dy) + start.to(tl.int64) * C + offs_c)
+        # Rows begin + PH − (KH − 1) … begin + PH − 1 of dy. In db, the program of the rows above has counted them.
+        window = ()
+        for a in tl.static_range(KH - 1):
+            out = begin + PH - (KH - 1) + a
+            keep = (out >= 0) & (out < OH)
+            dy_row = dy_image + tl.minimum(tl.maximum(out, 0), OH - 1) * row_of_dy
+            values = load_gradients(dy_row, keep, owns, start, OW, C, BLOCK_W, EDGE)
+            for t in tl.static_range(BLOCK_W):
+                db += tl.where(begin == 0, values[t], 0.0)
+            window = window + values
+        for row in range(begin, end):
+            out = row + PH
+            dy_row = dy_image + tl.minimum(out, OH - 1) * row_of_dy
+            values = load_gradients(dy_row, out < OH, owns, start, OW, C, BLOCK_W, EDGE)
+            for t in tl.static_range(BLOCK_W):
+                db += values[t]
+            window = window + values
+            xs = load_columns(
+                x_row,
+                x_row + to_left,
+                x_row + to_right,
+                KEEP,
+                keeps[0],
+                keeps[COLUMNS - 1],
+                keeps,
+                C,
+                KW,
+                BLOCK_W,
+                EDGE,
+            )
+            dk = _add_products(dk, window, xs, KH, KW, BLOCK_W)
+            window = take(window, BLOCK_W, (KH - 1) * BLOCK_W)
+            x_row += x_step
+    _store_partial(partials_ptr, part, dk, db, channels, C, KH, KW)
+
+
+@triton.jit
+def _add_products(dk, window, xs, KH: tl.constexpr, KW: tl.constexpr, BLOCK_W: tl.constexpr):
+    """dk[i,j] += Σ_t dy[newest row − i, t] · x[t + j]; ``window`` has KH rows of dy, the newest last."""
+    sums = ()
+    for i in tl.static_range(KH):
+        for j in tl.static_range(KW):
+            s = dk[i * KW + j]
+            for t in tl.static_range(BLOCK_W):
+                s = fma(window[(KH - 1 - i) * BLOCK_W + t], xs[t + j], s)
+            sums = sums + (s,)
+    return sums
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+def _depthwise_bwd_weight_pairs_kernel(
+    x_ptr, dy_ptr, partials_ptr, N, H, W, rows, strips, images,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """The same for "same" padding, half types and KH = 3, 7, 11, …, two rows at a time: 11 instead of 14 products.
+
+    With P = KH // 2, even rows xe and odd rows xo of x, and t(h) = dy[h] + dy[h+1]::
+
+        A[m] = Σ dy[h+1+P−2m]·xo      B[m] = Σ dy[h+P−2m]·xe      S[m] = Σ t(h+P−2m−1)·(xe+xo)      h even
+        dk[2m] = A[m] + B[m]          dk[2m+1] = S[m] − A[m+1] − B[m]
+
+    ``rows`` is even. Strips as in "strips"; W == BLOCK_W is allowed.
+    """
+    P: tl.constexpr = KH // 2
+    PW: tl.constexpr = KW // 2
+    COLUMNS: tl.constexpr = BLOCK_W + KW - 1
+    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    channels = (program % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = program // CHANNEL_BLOCKS
+    strip = part % strips
+    start = strip_start(strip, strips, W, BLOCK_W, "strips")
+    rest = part // strips
+    chunks = (H + rows - 1) // rows
+    begin = (rest % chunks) * rows
+    end = tl.minimum(begin + rows, H)
+    first_image = rest // chunks * images
+    last_image = tl.minimum(first_image + images, N)
+
+    offs_c = channels if C % BLOCK_C == 0 else tl.minimum(channels, C - 1)
+    row_of_x = W.to(tl.int64) * C
+    x_step = W * C
+    keep_left = tl.where(start >= PW, KEEP, 0).to(tl.uint32)
+    keep_right = tl.where(start + BLOCK_W + PW <= W, KEEP, 0).to(tl.uint32)
+    to_left = tl.where(start >= PW, -PW * C, 0)
+    to_right = tl.where(start + BLOCK_W + PW <= W, BLOCK_W * C, 0)
+    owns = columns_owned(strip, strips, start, W, BLOCK_W, "strips")
+
+    # Lanes 0…15 fetch the next two rows of x, 16…31 those of dy, eight columns of each; neighbours fetch the rest.
+    lane = tl.arange(0, BLOCK_C)
+    of_x = lane < 16
+    ahead_row = lane // 8 % 2 + tl.where(of_x, 2, P + 2)
+    ahead_column = tl.minimum(start + lane % 8, W - 1) * C + (program % CHANNEL_BLOCKS) * BLOCK_C
+
+    zero = tl.zeros((BLOCK_C,), tl.float32)
+    sums_a = repeated(zero, (P + 1) * KW)
+    sums_b = repeated(zero, (P + 1) * KW)
+    sums_s = repeated(zero, P * KW)
+    db = zero
+    for n in range(first_image, last_image):
+        image = n * (H * row_of_x) + ahead_column
+        offset = n * (H * row_of_x) + start.to(tl.int64) * C + offs_c
+        x_row = x_ptr + (offset + begin * row_of_x)
+        dy_image = dy_ptr + offset
+        ahead = tl.where(of_x, x_ptr, dy_ptr) + (image + (begin + ahead_row) * row_of_x)
+        # Windows of dy, the oldest row first: rows begin − P + 1 + 2a, rows begin − P + 2a, and t of the former.
+        after = ()
+        here = ()
+        for a in tl.static_range(P):
+            after = after + load_gradients_at(dy_image, begin - P + 1 + 2 * a, H, row_of_x, owns, C, BLOCK_W)
+            here = here + load_gradients_at(dy_image, begin - P + 2 * a, H, row_of_x, owns, C, BLOCK_W)
+        dy_row = dy_image + tl.minimum(begin + P, H - 1) * row_of_x
+        for row in range(begin, end, 2):
+            if PREFETCH:
+                prefetch(ahead, row + ahead_row, H)
+                ahead += 2 * x_step
+            # Rows below the map are its last one again, times 0.
+            here = here + load_gradients(dy_row, row + P < H, owns, start, W, C, BLOCK_W, "strips")
+            dy_row += tl.where(row + P + 1 < H, x_step, 0)
+            both = plus(after, 0, here, BLOCK_W, P * BLOCK_W)
+            after = after + load_gradients(dy_row, row + P + 1 < H, owns, start, W, C, BLOCK_W, "strips")
+            dy_row += tl.where(row + P + 2 < H, x_step, 0)
+            for t in tl.static_range(BLOCK_W):  # rows `row` and `row + 1` of dy
+                db += both[(P - 1) // 2 * BLOCK_W + t]
+            xe = load_columns(
+                x_row, x_row + to_left, x_row + to_right, KEEP, keep_left, keep_right, (), C, KW, BLOCK_W, "strips"
+            )
+            there = row + 1 < H
+            next_row = x_row + tl.where(there, x_step, 0)
+            keep = tl.where(there, KEEP, 0).to(tl.uint32)
+            keep_l = tl.where(there, keep_left, 0).to(tl.uint32)
+            keep_r = tl.where(there, keep_right, 0).to(tl.uint32)
+            xo = load_columns(
+                next_row, next_row + to_left, next_row + to_right, keep, keep_l, keep_r, (), C, KW, BLOCK_W, "strips"
+            )
+            sums_b = _add_products(sums_b, here, xe, P + 1, KW, BLOCK_W)
+            sums_a = _add_products(sums_a, after, xo, P + 1, KW, BLOCK_W)
+            sums_s = _add_products(sums_s, both, plus(xe, 0, xo, 0, COLUMNS), P, KW, BLOCK_W)
+            here = take(here, BLOCK_W, P * BLOCK_W)
+            after = take(after, BLOCK_W, P * BLOCK_W)
+            x_row += 2 * x_step
+    dk = plus(sums_a, 0, sums_b, 0, KW)
+    for m in tl.static_range(P):
+        for j in tl.static_range(KW):
+            dk = dk + (sums_s[m * KW + j] - sums_a[(m + 1) * KW + j] - sums_b[m * KW + j],)
+        dk = dk + plus(sums_a, (m + 1) * KW, sums_b, (m + 1) * KW, KW)
+    _store_partial(partials_ptr, part, dk, db, channels, C, KH, KW)
+
+
+@triton.jit
+def _store_partial(partials_ptr, part, dk, db, channels, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
+    row = partials_ptr + (part.to(tl.int64) * ((KH * KW + 1) * C) + channels)
+    for q in tl.static_range(KH * KW):
+        tl.store(row + q * C, dk[q], mask=channels < C)
+    tl.store(row + KH * KW * C, db, mask=channels < C)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+def _depthwise_sum_kernel(
+    partials_ptr, dw_ptr, db_ptr, count, wants_dw, wants_db, channels, stride_wc, stride_wh, stride_ww,
+    KH: tl.constexpr, KW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dw (C, 1, KH, KW) and db (C,) from partials (count, KH·KW + 1, C), summed in one order whatever ran first.
+
+    One program per (row of a partial, BLOCK_C channels).
+    """
+    channel_blocks = (channels + BLOCK_C - 1) // BLOCK_C
+    q = tl.program_id(0) // channel_blocks
+    offs_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = offs_c < channels
+    parts = tl.arange(0, BLOCK_P)
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for first in range(0, count, BLOCK_P):
+        rows = (first + parts).to(tl.int64)[:, None] * (KH * KW + 1) + q
+        mask = (first + parts < count)[:, None] & inside[None, :]
+        acc += tl.load(partials_ptr + rows * channels + offs_c[None, :], mask=mask, other=0.0)
+    total = tl.sum(acc, axis=0)
+    i = (q // KW).to(tl.int64)
+    j = (q % KW).to(tl.int64)
+    is_bias = q == KH * KW
+    pointers = dw_ptr + offs_c.to(tl.int64) * stride_wc + i * stride_wh + j * stride_ww
+    tl.store(pointers, total.to(dw_ptr.dtype.element_ty), mask=inside & (is_bias == 0) & (wants_dw != 0))
+    tl.store(db_ptr + offs_c, total.to(db_ptr.dtype.element_ty), mask=inside & is_bias & (wants_db != 0))
