@@ -15,7 +15,12 @@ def describe_backend(device: torch.device) -> str:
     if device.type != "cuda":
         return f"torch (the kernels run on CUDA devices, this is {device.type})"
     supported, reason = kernels_take_blocks(device)
-    return "triton" if supported else f"torch ({reason})"
+    if supported:
+        return "triton"
+    x, weight = torch.empty(1, 96, 7, 7, device=device), torch.empty(96, 1, 7, 7, device=device)
+    if dk.supports(dk.depthwise_conv2d, x, weight, padding=3)[0]:
+        return f"triton for depthwise convolutions, torch for the rest ({reason})"
+    return f"torch ({reason})"
 
 
 def kernels_take_blocks(device: torch.device) -> tuple[bool, str]:

@@ -151,7 +151,12 @@ def overridden(tensors: Sequence) -> bool:
 
 
 def why_not_tensors(tensors: Sequence[Tensor | None]) -> str | None:
-    """Why a kernel cannot read these tensors: wrappers (DTensor, quantised ones) have no memory of their own."""
+    """Why a kernel cannot read these tensors: wrappers (DTensor, quantised ones) have no memory of their own.
+
+    Neither have those that torch.func transforms (vmap, grad, jvp) hand to the functions they transform.
+    """
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
     for t in tensors:
         if t is not None and hasattr(t, "__tensor_flatten__"):
             return f"an argument is a {type(t).__name__}, which wraps other tensors"

@@ -178,9 +178,14 @@ def kernel_status() -> tuple[bool, str]:
     """Do kernels run on this machine's GPU at all? ``(True, "")``, or ``(False, reason)``."""
     reason = _why_not_triton()
     reason = reason or _why_not_cuda(-1)
-    if reason is None and all(_why_not_family(family) for family in FAMILIES):
+    if reason is None and not any(map(has_kernels, FAMILIES)):
         reason = _why_not_family(FAMILIES[0])
     return reason is None, reason or ""
+
+
+def has_kernels(family: str) -> bool:
+    """Are there kernels of ``family``, and the Triton to run them?"""
+    return _why_not_family(family) is None
 
 
 def launchers(family: str) -> ModuleType:

@@ -209,9 +209,9 @@ def _why_not(x: Tensor, p: Parameters, row_scale: Tensor | None) -> str | None:
 
 
 def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) -> Tensor:
-    """PyTorch's own operators, for the backend ``torch``."""
+    """PyTorch's own operators, for the backend ``torch``, around the convolution on the backend in force."""
     padding = reference.same_padding(p.dw_weight)
-    t = depthwise.composition(x, p.dw_weight, p.dw_bias, (1, 1), padding, (1, 1))
+    t = depthwise.convolve(x, p.dw_weight, p.dw_bias, (1, 1), padding, (1, 1))
     t = t.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
     h = norm_linear.composition(t, p.norm_weight, p.norm_bias, p.fc1_weight, p.fc1_bias, eps, "gelu")
     if p.grn_weight is not None:
@@ -233,6 +233,15 @@ def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) 
     else:
         out = x + t * scale
     return out.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+
+
+def _select(x: Tensor, p: Parameters, row_scale: Tensor | None) -> str:
+    """The backend of a block. Where it has no kernels of its own, ``triton`` is the composition on those there are."""
+    if runtime.current_backend() == "triton" and not runtime.has_kernels("block"):
+        padding = reference.same_padding(p.dw_weight)
+        if depthwise.why_not(x, p.dw_weight, p.dw_bias, 1, padding) is None:
+            return "torch"
+    return runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale))
 
 
 @runtime.explained_by(why_not)
@@ -297,7 +306,7 @@ def convnext_block(
         return handle_torch_function(convnext_block, tensors, *tensors, eps=eps, memory=memory)
     x, p, row_scale = _unpack(tensors)
     _check(x, p, row_scale, eps, memory)
-    chosen = runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale))
+    chosen = _select(x, p, row_scale)
     if chosen == "torch" and not depthwise.is_empty(x):
         if memory == "lean" and torch.is_grad_enabled() and not runtime.exporting():
             return checkpoint(composition, x, p, row_scale, eps, use_reentrant=False, preserve_rng_state=False)

@@ -81,19 +81,9 @@ def _depthwise_bwd_weight_kernel(
             for t in tl.static_range(BLOCK_W):
                 db += values[t]
             window = window + values
-            xs = load_columns(
-                x_row,
-                x_row + to_left,
-                x_row + to_right,
-                KEEP,
-                keeps[0],
-                keeps[COLUMNS - 1],
-                keeps,
-                C,
-                KW,
-                BLOCK_W,
-                EDGE,
-            )
+            left = x_row + to_left
+            right = x_row + to_right
+            xs = load_columns(x_row, left, right, KEEP, keeps[0], keeps[COLUMNS - 1], keeps, C, KW, BLOCK_W, EDGE)
             dk = _add_products(dk, window, xs, KH, KW, BLOCK_W)
             window = take(window, BLOCK_W, (KH - 1) * BLOCK_W)
             x_row += x_step

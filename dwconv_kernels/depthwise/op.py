@@ -247,6 +247,21 @@ def depthwise_conv2d(
     if isinstance(x, Tensor) and x.ndim == 3:
         return depthwise_conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation).squeeze(0)
     stride, padding, dilation, more = _check(x, weight, bias, stride, padding, dilation)
+    return convolve(x, weight, bias, stride, padding, dilation, more)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    more: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """:func:`depthwise_conv2d` of checked arguments, on the backend in force; ``more`` as F.pad takes it."""
+    if has_torch_function((x, weight, bias)) and registration.overridden((x, weight, bias)):
+        return composition(x, weight, bias, stride, padding, dilation)
     chosen = runtime.select("depthwise_conv2d", x, lambda: _why_not(x, weight, stride, padding, dilation, more))
     if more is not None:
         x = F.pad(x, more)
