@@ -9,7 +9,7 @@ from .block.op import MEMORY, convnext_block
 from .depthwise.op import depthwise_conv2d
 from .modules import DepthwiseConv2d, LayerNormLinear, dtypes_agree, is_plain
 from .norm_linear.op import layer_norm_linear
-from .runtime import backend, current_backend, kernel_status, supports
+from .runtime import backend, current_backend, kernel_status, strict, supports
 
 __all__ = [
     "MEMORY",
@@ -23,6 +23,7 @@ __all__ = [
     "dtypes_agree",
     "is_plain",
     "kernel_status",
+    "strict",
     "layer_norm_linear",
     "supports",
 ]
