@@ -23,7 +23,7 @@ __all__ = [
     "dtypes_agree",
     "is_plain",
     "kernel_status",
-    "strict",
     "layer_norm_linear",
+    "strict",
     "supports",
 ]

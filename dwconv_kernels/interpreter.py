@@ -17,6 +17,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as machine
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -33,6 +34,7 @@ def repair() -> None:
     - Arithmetic, comparisons and reductions of bf16 raise TypeError: no kernel should need them, and what a GPU would
       make of them depends on the GPU. ``tl.where``, bitcasts and everything else that only moves bits stays allowed.
     - Comparisons of scalars are of type int1 also when they are broadcast, which Triton 3.9 insists on in a mask.
+    - Kernel functions that call others, and integer arithmetic, take a fifth of the time.
     - ``tl.full`` with a bf16 value works, and so do loops over sizes under NumPy ≥ 2.4 (neither does in Triton 3.6).
 
     It concerns this process and no compiled kernel. As with everything that goes wrong in an interpreted kernel, what a
@@ -301,6 +303,58 @@ def _indices_are_right() -> bool:
     return False
 
 
+# What only takes time, but most of it
+
+
+def _repair_calls() -> None:
+    """Triton patches its language anew whenever one kernel function calls another, which is two thirds of the time.
+
+    The mark is set like every other patch, so it goes when a launch ends and its patches are taken back.
+    """
+
+    def once(patch_lang: Callable) -> Callable:
+        @functools.wraps(patch_lang)
+        def repaired(function):
+            modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+            if modules and all(hasattr(module, _PATCHED) for module in modules):
+                return machine._LangPatchScope()
+            scope = patch_lang(function)
+            for module in modules:
+                scope.set_attr(module, _PATCHED, True)
+            return scope
+
+        return repaired
+
+    machine._patch_lang = once(machine._patch_lang)
+
+
+_PATCHED = "_patched_for_the_interpreter"
+_PATCH_LANG = machine._patch_lang
+_OVERFLOW_CHECK = TritonSemantic.binary_op_sanitize_overflow_impl
+
+
+def _calls_are_quick() -> bool:
+    return machine._patch_lang is not _PATCH_LANG
+
+
+def _repair_overflow_checks() -> None:
+    """Triton computes integer sums and products again in 64 bits, and forgets the result unless asked to check it."""
+
+    def only_if_asked(check: Callable) -> Callable:
+        @functools.wraps(check)
+        def repaired(self, *args):
+            if machine.interpreter_builder.options.sanitize_overflow and machine.interpreter_builder.options.debug:
+                check(self, *args)
+
+        return repaired
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = only_if_asked(TritonSemantic.binary_op_sanitize_overflow_impl)
+
+
+def _overflow_checks_are_quick() -> bool:
+    return TritonSemantic.binary_op_sanitize_overflow_impl is not _OVERFLOW_CHECK
+
+
 _REPAIRS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "conversions of bf16": (_conversions_are_right, _repair_conversions),
     "tl.dot of bf16": (_dot_is_right, _repair_dot),
@@ -308,4 +362,6 @@ _REPAIRS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "constants in bf16": (_constants_are_right, _repair_constants),
     "arithmetic of bf16": (_arithmetic_is_right, _repair_arithmetic),
     "sizes as integers": (_indices_are_right, _repair_indices),
+    "time of calls": (_calls_are_quick, _repair_calls),
+    "time of overflow checks": (_overflow_checks_are_quick, _repair_overflow_checks),
 }

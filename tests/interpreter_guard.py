@@ -129,7 +129,6 @@ class Guard:
         return {
             (GridExecutor, "__call__"): lambda executor, *args, **kwargs: self._launch(executor, args, kwargs),
             (GridExecutor, "_init_args_hst"): lambda executor, *args: self._host_arguments(executor, *args),
-            (machine, "_patch_lang"): self._patch_language,
             (machine, "_implicit_cvt"): self._convert_argument,
             (machine.interpreter_builder, "options"): dataclasses.replace(_OPTIONS, debug=True),  # for device_assert
             (InterpreterBuilder, "set_grid_idx"): lambda builder, x, y, z: self._next_program(builder, x, y, z),
@@ -155,7 +154,6 @@ class Guard:
         self._names: dict[int, tuple[str, object]] = {}  # by id; holding the tensor keeps the id its own
         self._arguments: dict[int, Argument] = {}
         self._programs: list[tuple[int, int, int]] = []
-        self._patched: set[int] = set()
         self._loads = self._stores = 0
 
     def _launch(self, executor, args, kwargs):
@@ -176,14 +174,6 @@ class Guard:
             raise
         finally:
             self._begin("")
-
-    def _patch_language(self, function):
-        """Triton does this again for every call of one kernel function by another, which is most of a kernel's time."""
-        module = id(function.__globals__)
-        if module in self._patched:
-            return machine._LangPatchScope()
-        self._patched.add(module)
-        return _PRISTINE[machine, "_patch_lang"](function)
 
     def _host_arguments(self, executor, args, kwargs):
         args, kwargs = _PRISTINE[GridExecutor, "_init_args_hst"](executor, args, kwargs)
@@ -378,7 +368,6 @@ _PRISTINE = {
         (GridExecutor, "_init_args_hst"),
         (InterpreterBuilder, "set_grid_idx"),
         (TritonSemantic, "load"),
-        (machine, "_patch_lang"),
         (machine, "_implicit_cvt"),
     )
 }
