@@ -11,6 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dwconv_kernels" / "_versio
 # matplotlib draws the loss curve, kornia augments batches of tensors (it imports beside a CPU build of torch, which
 # torchvision does not), scikit-learn ships the digits of the demo, safetensors reads the checkpoints of today.
 TRAIN = ["kornia>=0.7", "matplotlib>=3.6", "numpy", "pillow>=9.5", "safetensors", "scikit-learn", "tqdm>=4.60"]
+# A CPU build of torch brings no Triton, which compiles and interprets kernels where there is no GPU, too.
+TRITON = ['triton>=3.6; platform_system == "Linux"']
 # Every torchvision is built for one torch; a free choice would take the newest of both, with its CUDA packages, even
 # where a torch is there. The packages themselves need neither of these.
 PEERS = ["timm>=1.0.20", "torchvision==0.28.*", "transformers>=4.56"]
@@ -29,8 +31,8 @@ setup(
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,
-        "test": [*TRAIN, *PEERS, "mlxtend", "onnx", "onnxruntime", "onnxscript", "pytest>=8"],
-        "bench": [*PEERS, "pytest>=8", "pytest-benchmark>=5"],
+        "test": [*TRAIN, *PEERS, *TRITON, "mlxtend", "onnx", "onnxruntime", "onnxscript", "pytest>=8"],
+        "bench": [*PEERS, *TRITON, "pytest>=8", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["convnext-fast = convnext_fast.cli:main"]},
 )
