@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+import random
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from dwconv_kernels.depthwise import config
 
 
 class Depthwise(NamedTuple):
@@ -54,3 +61,143 @@ EMPTY_MAPS = [(0, 4, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0), (2, 0, 5, 6), (0, 0, 0, 
 
 CHANNELS = [1, 3, 7, 17, 31, 33, 40, 96, 97, 129, 192, 255, 768, 1023]
 MEANS = [0.0, 1.0, 10.0, 100.0]
+
+
+# What the depthwise kernels are run on: a cover, not the cross product. What has to meet what is said in MEETINGS; a
+# greedy search with a fixed seed finds few and cheap cases in which it does.
+
+DTYPES = ["fp32", "bf16", "fp16"]
+KERNELS = [*itertools.product((1, 3, 5, 7, 9), repeat=2), (1, 11), (11, 1)]
+HEIGHTS = [1, 2, 3, 5, 7, 8, 11, 13, 14]
+WIDTHS = [1, 2, 3, 5, 7, 8, 11, 12, 13, 14, 16]
+LAYOUTS = [
+    "contiguous", "channels_last", "channels_last_slice", "contiguous_slice", "every_other", "storage_offset",
+    "transposed", "channels_last_offset", "expanded",
+]  # fmt: skip
+WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "slice", "expanded"]
+BIAS_LAYOUTS = ["none", "contiguous", "slice", "expanded"]
+# How maps are cut up: not at all, which is what the interpreter is given otherwise; as for sm_90; or into so many rows,
+# and, for the weight's gradient, images, per program.
+CUTS = {"whole": None, "sm_90": None, "2 rows": (2, 1), "4 rows, 2 images": (4, 2)}
+ORDERS = ["forward", "reverse", "shuffled"]
+
+
+class KernelCase(NamedTuple):
+    """One convolution on the kernels, stride and dilation 1: its sizes, and how its tensors lie in memory."""
+
+    dtype: str
+    n: int
+    c: int
+    h: int
+    w: int
+    kh: int
+    kw: int
+    ph: int
+    pw: int
+    x: str = "channels_last"
+    dy: str = "channels_last"
+    weight: str = "contiguous"
+    bias: str = "contiguous"
+    offset: int = 7
+    cut: str = "whole"
+    order: str = "forward"
+    strict: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"{self.n}x{self.c}x{self.h}x{self.w}-k{self.kh}x{self.kw}-p{self.ph}{self.pw}-{self.dtype}"
+        return f"{sizes}-{self.cut}{'-strict' * self.strict}".replace(", ", "_").replace(" ", "_")
+
+    @property
+    def same(self) -> bool:
+        return (self.ph, self.pw) == (self.kh // 2, self.kw // 2)
+
+    @property
+    def output(self) -> tuple[int, int]:
+        return self.h + 2 * self.ph - self.kh + 1, self.w + 2 * self.pw - self.kw + 1
+
+    def choices(self) -> dict[str, config.Choice]:
+        """What computes y, dx, dw and db."""
+        at = (self.dtype, self.kh, self.kw, self.same)
+        return {
+            "y": config.pick_forward(*at, self.output[1], self.strict),
+            "dx": config.pick_forward(*at, self.w, self.strict),
+            "dw": config.pick_backward_weight(*at, self.output[1], self.strict),
+        }
+
+    def seconds(self) -> float:
+        """About what the three passes take in the interpreter."""
+        blocks, multiplications = -(-self.c // config.BLOCK_C), 0
+        for choice, (h, w) in zip(self.choices().values(), (self.output, (self.h, self.w), self.output), strict=True):
+            rows = h if CUTS[self.cut] is None else -(-h // CUTS[self.cut][0]) * (CUTS[self.cut][0] + self.kh - 1)
+            multiplications += self.n * rows * choice.strips(w) * (choice.block_w * (self.kh * self.kw + 3) + 20)
+        return 4e-5 * blocks * multiplications + 0.005 * (self.kh * self.kw + 1) * max(1, blocks / 3)
+
+
+# What has to meet: fields of a case, or of one of its kernels, in every combination of their values that there is.
+MEETINGS = [
+    *(
+        (field, "dtype")
+        for field in (
+            "n", "c", "h", "w", "kh", "kw", "x", "dy", "weight", "bias", "offset", "cut", "order", "choice",
+            "h < kh", "w < kw", "whole blocks",
+        )
+    ),
+    ("kernel", "same"),
+    ("kernel", "choice"),
+    ("kh", "ph"),
+    ("kw", "pw"),
+    ("w", "same"),
+    *(("choice", field) for field in ("h is odd", "strips", "chunks", "groups", "whole blocks", "order", "n > 1")),
+    ("kh", "same", "chunks"),
+    ("kw", "same", "strips"),
+]  # fmt: skip
+
+
+def _values(case: KernelCase) -> Iterator[dict[str, object]]:
+    """What MEETINGS names, once for each of the kernels that a case runs."""
+    fields = case._asdict()
+    fields["kernel"] = (case.kh, case.kw)
+    fields["same"] = case.same
+    fields["whole blocks"] = case.c % config.BLOCK_C == 0
+    fields["h < kh"], fields["w < kw"] = case.h < case.kh, case.w < case.kw
+    fields["h is odd"], fields["n > 1"] = case.h % 2, case.n > 1
+    for name, choice in case.choices().items():
+        rows, images = CUTS[case.cut] or (case.h + case.kh, case.n)
+        fields["choice"] = (choice.kernel, choice.edge, choice.block_w, case.strict)
+        fields["strips"] = min(3, choice.strips(case.w if name == "dx" else case.output[1]))
+        fields["chunks"] = min(3, math.ceil((case.output[0] if name == "y" else case.h) / rows))
+        fields["groups"] = min(2, math.ceil(case.n / images)) if name == "dw" else 1
+        yield fields
+
+
+def meetings(case: KernelCase) -> set[tuple]:
+    """Which values of which fields meet in it."""
+    return {(names, *(fields[name] for name in names)) for fields in _values(case) for names in MEETINGS}
+
+
+def _random_case(dice: random.Random, dtype: str, kh: int, kw: int, same: bool) -> KernelCase:
+    channels = CHANNELS if dice.random() < 0.5 else CHANNELS[:6]  # up to 33; a case costs what its blocks of 32 cost
+    return KernelCase(
+        dtype, dice.choice((1, 2, 3)), dice.choice(channels), dice.choice(HEIGHTS), dice.choice(WIDTHS), kh, kw,
+        kh // 2 if same else dice.randrange(kh), kw // 2 if same else dice.randrange(kw), dice.choice(LAYOUTS),
+        dice.choice(LAYOUTS), dice.choice(WEIGHT_LAYOUTS), dice.choice(BIAS_LAYOUTS), dice.randrange(1, 16),
+        dice.choice(list(CUTS)), dice.choice(ORDERS),
+        strict=(kh, kw) == (7, 7) and dtype != "fp32" and dice.random() < 0.5,  # elsewhere, kernels are strict anyway
+    )  # fmt: skip
+
+
+@functools.cache
+def kernel_cases() -> list[KernelCase]:
+    """The cover: again and again, of many random cases the one in which most meets per second that has not yet."""
+    dice = random.Random(0)
+    kinds = itertools.product(DTYPES, [*KERNELS, *[(7, 7)] * 5], (True, False), range(32))
+    pool = [_random_case(dice, dtype, *kernel, same) for dtype, kernel, same, _ in kinds]
+    pool = [(case, meetings(case)) for case in pool if min(case.output) > 0 and case.seconds() < 2]
+    cover, seen = [], set()
+    while pool:
+        gains = [len(met - seen) / (0.5 + case.seconds()) for case, met in pool]
+        best = max(range(len(pool)), key=gains.__getitem__)
+        cover.append(pool[best][0])
+        seen |= pool[best][1]
+        pool = [(case, met) for (case, met), gain in zip(pool, gains, strict=True) if gain > 0 and not met <= seen]
+    return cover

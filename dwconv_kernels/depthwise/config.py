@@ -103,10 +103,9 @@ def pick_forward(dtype: str, kh: int, kw: int, same: bool, w: int, strict: bool 
 def pick_backward_weight(dtype: str, kh: int, kw: int, same: bool, w: int, strict: bool = False) -> Choice:
     """The kernel for the weight's and bias's gradient; arguments as in :func:`pick_forward`."""
     if same and dtype != "fp32" and (kh, kw) == (7, 7) and not strict and strips_fit(w, 7, kw):
-        return Choice(f"{_WEIGHT}_pairs_kernel", 7, "strips", "56 slots against 69 row by row", prefetch=True)
-    block_w = 7 if kh * kw <= 49 else 4
-    if same and strips_fit(w, block_w, kw):
-        return Choice(f"{_WEIGHT}_kernel", block_w, "strips", "KH·KW sums and KH rows of dy have to fit in registers")
+        return Choice(f"{_WEIGHT}_pairs_kernel", 7, "strips", "54 slots against 69 row by row", prefetch=True)
+    if same and strips_fit(w, 7, kw):
+        return Choice(f"{_WEIGHT}_kernel", 7, "strips", "9×9 sums and 9 rows of 7 columns of dy still fit in registers")
     return Choice(f"{_WEIGHT}_kernel", 4, "masked", "any width and padding")
 
 
