@@ -86,12 +86,15 @@ _strict = int(_switched_on("DWCONV_KERNELS_STRICT"))  # how many ask for it
 
 
 class strict:
-    """Context manager: kernels let an Inf or NaN reach exactly the results that its place in the formula reaches.
+    """Context manager: kernels let an Inf or NaN reach exactly the outputs that its place in the formula reaches.
 
     In the fast form for half types, the depthwise kernels add two neighbouring rows before they multiply. An Inf or NaN
     then also reaches one row of outputs beyond its window, an Inf may come out as NaN, and bf16 values above 1.7e38
     overflow. Strict kernels take one row at a time, as they always do in fp32, and are about a sixth slower. In the
     whole process, all threads of it, for forward and backward passes that run inside. Other backends do not change.
+
+    The outputs are those of the forward pass and the input's gradient. In a weight's gradient, a channel whose map has an
+    Inf or NaN may get NaN for all of its taps, strict or not: what is outside of the map is multiplied as 0.
     """
 
     def __enter__(self) -> strict:
@@ -194,12 +197,11 @@ def launchers(family: str) -> ModuleType:
     Raises:
         RuntimeError: the kernels of this family cannot be imported, with the reason.
     """
-    reason = _why_not_family(family)
-    if reason is not None:
-        raise RuntimeError(f"no Triton kernels for {family}: {reason}")
-    if INTERPRETER:
-        importlib.import_module(f"{__package__}.interpreter").repair()
-    return importlib.import_module(f"{__package__}.{family}.launch")
+    _load(family)
+    return _LAUNCHERS[family]
+
+
+_LAUNCHERS: dict[str, ModuleType] = {}
 
 
 def triton_version() -> str | None:
@@ -221,7 +223,7 @@ def _constant(function: Callable) -> Callable:
     return function
 
 
-# Three facts that do not change while a process runs.
+# What does not change while a process runs.
 @_constant
 def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
@@ -238,6 +240,19 @@ def _why_not_family(family: str) -> str | None:
     if reason is None and importlib.util.find_spec(f"{__package__}.{family}.launch") is None:
         reason = f"this version of dwconv_kernels has no Triton kernels for {family} yet"
     return reason
+
+
+@_constant
+def _load(family: str) -> bool:
+    # Apart from `launchers`, because torch.compile does not trace imports, and takes no module for a constant.
+    if family not in _LAUNCHERS:
+        reason = _why_not_family(family)
+        if reason is not None:
+            raise RuntimeError(f"no Triton kernels for {family}: {reason}")
+        if INTERPRETER:
+            importlib.import_module(f"{__package__}.interpreter").repair()
+        _LAUNCHERS[family] = importlib.import_module(f"{__package__}.{family}.launch")
+    return True
 
 
 @_constant

@@ -1,0 +1,63 @@
+"""The GPU lane, ``pytest -m gpu``: the kernels compiled, on the GPU that is there.
+
+Each file is skipped, with the reason, where no kernel runs on this machine's GPU. ``pytest -m "gpu and not full"``
+leaves out what takes longest. The values of many cases are compared in several processes, see workers.py: compiling
+takes nearly all of the time, and Python compiles one kernel at a time.
+
+Where there is no GPU, the logic of most tests can be tried in Triton's interpreter; files shrink their maps for it, and
+what only a GPU has is skipped::
+
+    TRITON_INTERPRET=1 DWCONV_KERNELS_GPU_LANE=cpu pytest -m gpu tests/gpu -k "not fp16"
+"""
+
+import os
+
+import pytest
+import torch
+
+import dwconv_kernels as dk
+from dwconv_kernels import runtime
+from tests.gpu.workers import without_tf32
+
+DEVICE = os.environ.get("DWCONV_KERNELS_GPU_LANE", "cuda")
+ON_GPU = DEVICE != "cpu"
+# "auto" is what users have, and takes PyTorch's operators on the CPU.
+BACKEND = "auto" if ON_GPU else "triton"
+only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="tried without a GPU")
+
+
+def skip_without_gpu() -> None:
+    """For the top of a file of this lane."""
+    works, reason = dk.kernel_status()
+    if not ON_GPU:
+        works, reason = runtime.INTERPRETER and runtime.has_kernels("depthwise"), "TRITON_INTERPRET=1 is not set"
+    elif runtime.INTERPRETER:
+        works, reason = False, "TRITON_INTERPRET is set, which keeps kernels from being compiled"
+    if not works:
+        pytest.skip(f"the GPU lane: {reason}", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def as_in_fp32():
+    """PyTorch's own convolutions in the precision of their dtype, and the same random numbers for every test."""
+    torch.manual_seed(0)
+    with without_tf32():
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts the calls of the launchers: {"depthwise_forward": 0, "depthwise_backward": 0}."""
+    launch = runtime.launchers("depthwise")
+    counts = {"depthwise_forward": 0, "depthwise_backward": 0}
+
+    def counting(name, launcher):
+        def counted(*arguments):
+            counts[name] += 1
+            return launcher(*arguments)
+
+        return counted
+
+    for name in counts:
+        monkeypatch.setattr(launch, name, counting(name, getattr(launch, name)))
+    return counts

@@ -1,0 +1,199 @@
+"""The values that the compiled depthwise kernels compute: exact on integers, within their rounding, in every layout."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import dwconv_kernels as dk
+from dwconv_kernels import runtime, testing
+from dwconv_kernels.depthwise import config
+from tests import depthwise_proofs as proofs
+from tests.cases import DEPTHWISE, DTYPES, EMPTY_MAPS, MEANS, KernelCase, kernel_cases
+from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, skip_without_gpu
+from tests.gpu.workers import Proof, proving
+
+pytestmark = pytest.mark.gpu
+skip_without_gpu()
+
+HALF = ["bf16", "fp16"]
+
+
+def on_kernels(*tensors, **settings):
+    with dk.backend(BACKEND):
+        return dk.depthwise_conv2d(*tensors, **settings)
+
+
+def fits(case) -> bool:
+    return config.why_not("fp32", case.kh, case.kw, case.stride, case.padding, case.dilation) is None
+
+
+def rows() -> list[KernelCase]:
+    """The rows of cases.DEPTHWISE that the kernels take, in each dtype."""
+    sizes = [(c.n, c.c, c.h, c.w, c.kh, c.kw, *c.padding, c.bias) for c in DEPTHWISE if fits(c)]
+    return [
+        KernelCase(dtype, *size, bias="contiguous" if bias else "none") for *size, bias in sizes for dtype in DTYPES
+    ]
+
+
+# Stages of ConvNeXt at 224 and 384 pixels, isotropic ConvNeXt; many images, of which a program takes several.
+STAGES = [(2, 96, 56, 56), (2, 192, 28, 28), (4, 384, 14, 14), (4, 768, 7, 7), (1, 96, 96, 96), (2, 768, 12, 12)]
+STAGES += [(256, 384, 14, 14)]
+
+
+def stages(dtype: str, shapes) -> list[KernelCase]:
+    return [KernelCase(dtype, *shape, 7, 7, 3, 3) for shape in shapes]
+
+
+def all_proofs() -> list[Proof]:
+    """What takes longest to compile comes first."""
+    if not ON_GPU:  # a few that are quick
+        cases = [KernelCase("bf16", 2, 33, 5, 10, 7, 7, 3, 3), KernelCase("fp32", 2, 5, 6, 8, 3, 3, 1, 1)]
+        quick = [case for case in [*kernel_cases(), *rows()] if case.seconds() < 0.3]
+        exact, rounded = cases + quick[::4], [case._replace(n=1, h=8, w=14) for case in cases]
+    else:
+        exact = [case for dtype in DTYPES for case in stages(dtype, STAGES)] + rows() + kernel_cases()
+        rounded = [case for dtype in DTYPES for case in stages(dtype, STAGES[:6])]
+        rounded += [case._replace(strict=True) for dtype in HALF for case in stages(dtype, STAGES[1:2])]
+        sizes = ((3, 3, 1, 1), (5, 5, 2, 2), (9, 9, 4, 4), (1, 11, 0, 5), (11, 1, 5, 0), (7, 7, 1, 4), (5, 3, 4, 0))
+        rounded += [KernelCase(dtype, 4, 40, 29, 31, *size) for size in sizes for dtype in DTYPES]
+    return [Proof("exact", case, DEVICE) for case in exact] + [
+        Proof("rounding", case, DEVICE, MEANS[i % len(MEANS)]) for i, case in enumerate(rounded)
+    ]
+
+
+@pytest.fixture(scope="module")
+def proof_of(request):
+    """Starts the proofs that are selected, all at once, and waits for one."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    with proving([item.callspec.params["proof"] for item in items if "proof" in item.callspec.params]) as wait:
+        yield wait
+
+
+@pytest.mark.parametrize("proof", dict.fromkeys(all_proofs()), ids=str)
+def test_values(proof, proof_of):
+    """T0: every element exact. T1, T2, T3: within its bound, no further off than PyTorch's operator, not biased."""
+    proof_of(proof)
+
+
+@pytest.mark.parametrize("shape", [(8, 40, 56, 56), (3, 40, 29, 5)] if ON_GPU else [(1, 5, 4, 10)], ids=str)
+def test_adjoint_identity_in_integers(shape):
+    """⟨y(x, w), g⟩ = ⟨x, dx(g)⟩ = ⟨w, dw(g)⟩, exactly: what links the three passes to each other."""
+    case = KernelCase("fp32", *shape, 7, 7, 3, 3, bias="none")
+    inputs, g = proofs.operands(case, testing.integers, DEVICE)
+    y, dx, dw = (t.double() for t in proofs.on_kernels(case, inputs, g))
+    x, w, _ = inputs
+    assert (y * g).sum() == (x * dx).sum() == (w * dw).sum() != 0
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("x_dtype", ["fp32", "same"])
+def test_autocast_with_parameters_in_fp32(dtype, x_dtype):
+    """Results in autocast's dtype; gradients of parameters in fp32, without having been rounded to the half one."""
+    case = KernelCase(dtype, *((2, 40, 17, 28) if ON_GPU else (2, 5, 3, 10)), 7, 7, 3, 3)
+    inputs, dy = proofs.operands(case, testing.integers, DEVICE)
+    x, w, b = (t.float().requires_grad_() for t in inputs)
+    x = x if x_dtype == "fp32" else inputs[0].detach().requires_grad_()
+    with torch.autocast(DEVICE, proofs.DTYPES[dtype]):
+        y = on_kernels(x, w, b, padding=3)
+    results = [y.detach(), *torch.autograd.grad(y, (x, w, b), dy)]
+    assert [t.dtype for t in results] == [proofs.DTYPES[dtype], x.dtype, torch.float32, torch.float32]
+    for name, a, e in zip(proofs.NAMES, results, proofs.exactly(case, inputs, dy), strict=True):
+        e = e.to(proofs.DTYPES[dtype]).double() if name == "dx" else e  # it was rounded on its way to the fp32 of x
+        testing.assert_exact(a, e, name)
+
+
+HEADS = {
+    "sum": lambda y: y.sum(),
+    "mean": lambda y: y.mean((2, 3)).square().sum(),
+    "slice": lambda y: y[..., ::2].square().sum(),
+    "cat": lambda y: torch.cat([y, 2 * y], 1)[:, 3:].square().sum(),
+    "permute": lambda y: (y.permute(0, 2, 3, 1) * torch.arange(y.shape[1], device=y.device)).sum(),
+    "expand": lambda y: y.sum((2, 3), keepdim=True).expand_as(y).square().sum(),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_that_arrive_from_other_operators(head, x_format):
+    tensors = [testing.integers(s).to(DEVICE) for s in ((2, 5, 6, 10), (5, 1, 3, 3), (5,))]
+    tensors[0] = tensors[0].to(memory_format=x_format)
+    results = []
+    for dtype, convolution in ((torch.float32, on_kernels), (torch.float64, by_pytorch)):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        results.append(torch.autograd.grad(HEADS[head](convolution(*leaves, padding=1)), leaves))
+    for name, a, e in zip(("dx", "dw", "db"), *results, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5 * e.abs().max().item(), msg=name)
+
+
+def by_pytorch(x, weight, bias, padding):
+    return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
+
+
+@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("w_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_strides_of_results(x_format, w_format):
+    """Those of F.conv2d: y and dx in the memory format of x, dw in the strides of the weight."""
+    x = testing.integers((2, 5, 6, 10)).to(DEVICE, memory_format=x_format).requires_grad_()
+    w = testing.integers((5, 1, 3, 3)).to(DEVICE, memory_format=w_format).requires_grad_()
+    y = on_kernels(x, w, padding=1)
+    dx, dw = torch.autograd.grad(y, (x, w), torch.ones_like(y))
+    assert y.is_contiguous(memory_format=x_format)
+    assert dx.stride() == x.stride()
+    assert dw.stride() == w.stride()
+
+
+@pytest.mark.parametrize("shape", EMPTY_MAPS, ids=str)
+def test_empty_maps(shape):
+    x, w, b = (torch.randn(s, device=DEVICE, requires_grad=True) for s in (shape, (shape[1], 1, 7, 7), (shape[1],)))
+    y = on_kernels(x, w, b, padding=3)
+    dx, dw, db = torch.autograd.grad(y.sum(), (x, w, b))
+    assert y.shape == dx.shape == shape
+    assert torch.equal(dw, torch.zeros_like(w))
+    assert torch.equal(db, torch.zeros_like(b))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_gradients_with_the_other_tensors_frozen(wanted):
+    case = KernelCase("fp32", 2, 5, 6, 10, 3, 3, 1, 1)
+    inputs, dy = proofs.operands(case, torch.randn, DEVICE)
+    full = proofs.on_kernels(case, inputs, dy)
+    _, gradient = proofs.on_kernels(case, inputs, dy, wanted)
+    assert torch.equal(gradient, full[1 + wanted.index(True)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strict_kernels_let_inf_and_nan_reach_their_windows_alone(dtype):
+    case = KernelCase(dtype, 2, 40, 16, 28, 7, 7, 3, 3, strict=True)
+    case = case if ON_GPU else case._replace(c=5, h=7, w=10)
+    (x, w, b), dy = proofs.operands(case, torch.randn, DEVICE)
+    for t in (x, dy):
+        t[1, 0, case.h // 2, case.w // 2], t[1, 1, 0, 0], t[0, 2, -1, -1] = float("inf"), float("nan"), -float("inf")
+    y, dx, dw, db = proofs.on_kernels(case, [x, w, b], dy)
+    for name, a, e in zip(("y", "dx"), (y, dx), proofs.exactly(case, [x, w, b], dy), strict=False):
+        assert torch.equal(a.isnan(), e.isnan()), name
+        assert torch.equal(a.isposinf(), e.isposinf()), name
+        assert torch.equal(a.isneginf(), e.isneginf()), name
+    assert dw[3:].isfinite().all()
+    assert db[3:].isfinite().all()
+
+
+def test_what_supports_says_is_what_runs(launches):
+    """auto takes the kernels where supports says so, and PyTorch's operator, with a reason, where not."""
+    for case in DEPTHWISE:
+        tensors = [testing.integers((case.n, case.c, case.h, case.w)), testing.integers((case.c, 1, case.kh, case.kw))]
+        x, w = (t.to(DEVICE) for t in tensors)
+        settings = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
+        supported, reason = dk.supports(dk.depthwise_conv2d, x, w, **settings)
+        assert (supported, reason == "") == (fits(case), fits(case)), reason
+        if ON_GPU:
+            before = launches["depthwise_forward"]
+            y = dk.depthwise_conv2d(x, w, **settings)
+            assert launches["depthwise_forward"] - before == supported
+            # PyTorch may compute in any way; where its operator was to run, that is what did, to the bit.
+            expected = F.conv2d(*((x.double(), w.double()) if supported else (x, w)), groups=case.c, **settings)
+            testing.assert_exact(y, expected, str(case))
+        if not supported:
+            with dk.backend("triton"), pytest.raises(RuntimeError, match="cannot run under backend"):
+                dk.depthwise_conv2d(x, w, **settings)
+    assert "x is float64" in dk.supports(dk.depthwise_conv2d, x.double(), w.double(), **settings)[1]
+    assert runtime.current_backend() == "auto"

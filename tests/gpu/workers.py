@@ -1,0 +1,72 @@
+"""Proofs of single cases in processes of their own; these import neither pytest nor the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from tests import depthwise_proofs as proofs
+from tests.cases import KernelCase
+
+
+class Proof(NamedTuple):
+    """What is to be proved of a case, and where."""
+
+    kind: str  # "exact" or "rounding"
+    case: KernelCase
+    device: str
+    mean: float = 0.0  # of x, for "rounding"
+
+    def __str__(self) -> str:
+        layouts = f"{self.case.x}-{self.case.dy}-{self.case.weight}-{self.case.bias}"
+        return f"{self.kind}-{self.case}-{layouts}" + f"-mean{self.mean:g}" * (self.kind == "rounding")
+
+
+def prove(proof: Proof) -> None:
+    """
+    Raises:
+        AssertionError: something is not right.
+    """
+    with without_tf32():
+        if proof.kind == "exact":
+            proofs.prove_exact(proof.case, proof.device)
+        else:
+            proofs.prove_rounding(proof.case, proof.mean, proof.device)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def proving(selected: Sequence[Proof]) -> Iterator[Callable[[Proof], None]]:
+    """Starts all proofs; yields what waits for one of them and raises what went wrong."""
+    jobs = _jobs(selected)
+    if jobs <= 1:
+        yield prove
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        futures = {proof: pool.submit(prove, proof) for proof in selected}
+        yield lambda proof: futures[proof].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _jobs(selected: Sequence[Proof]) -> int:
+    jobs = min(12, len(selected) // 4, max(1, (os.cpu_count() or 1) - 2))
+    if selected and selected[0].device != "cpu":  # a process takes half a gigabyte before it has done anything
+        jobs = min(jobs, torch.cuda.mem_get_info()[0] // 2**31)
+    return jobs
