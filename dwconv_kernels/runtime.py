@@ -93,8 +93,8 @@ class strict:
     overflow. Strict kernels take one row at a time, as they always do in fp32, and are about a sixth slower. In the
     whole process, all threads of it, for forward and backward passes that run inside. Other backends do not change.
 
-    The outputs are those of the forward pass and the input's gradient. In a weight's gradient, a channel whose map has an
-    Inf or NaN may get NaN for all of its taps, strict or not: what is outside of the map is multiplied as 0.
+    The outputs are those of the forward pass and the input's gradient. In a weight's gradient, a channel with an Inf or
+    NaN in its map may get NaN for all of its taps, strict or not: what is outside of the map is multiplied as 0.
     """
 
     def __enter__(self) -> strict:

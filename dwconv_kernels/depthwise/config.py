@@ -46,6 +46,14 @@ class Choice:
             constants["PREFETCH"] = self.prefetch
         return constants
 
+    def options(self) -> dict[str, int]:
+        """How it is compiled and launched."""
+        options = {"num_warps": 1, "num_stages": 1}
+        if self.kernel == f"{_WEIGHT}_kernel":
+            # Left to itself, ptxas spills one register inside the loop in a few cases, to make room for more warps.
+            options["maxnreg"] = 255
+        return options
+
     def strips(self, w: int) -> int:
         """How many strips a row of ``w`` outputs is cut into."""
         return -(-w // self.block_w)

@@ -103,14 +103,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, out
     grid = (columns * -(-oh // rows),)
     with _on_device(x):
         taps = _taps(x, weight, bias, choice.pairs, flip)
-        constants = choice.constants(c, kh, kw)
+        settings = {**choice.constants(c, kh, kw), **choice.options()}
         kernel = getattr(kernels, choice.kernel)
         if choice.pairs:
-            kernel[grid](x, taps, y, h, w, rows, strips, **constants, num_warps=1, num_stages=1)
+            kernel[grid](x, taps, y, h, w, rows, strips, **settings)
         else:
-            kernel[grid](
-                x, taps, y, h, w, oh, ow, padding[0], padding[1], rows, strips, **constants, num_warps=1, num_stages=1
-            )
+            kernel[grid](x, taps, y, h, w, oh, ow, padding[0], padding[1], rows, strips, **settings)
     if y is not out:
         out.copy_(y)
 
@@ -150,15 +148,15 @@ def _weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Ten
     parts = strips * -(-h // rows) * -(-n // images)
     with _on_device(x):
         partials = torch.empty((parts, kh * kw + 1, c), dtype=torch.float32, device=x.device)
-        constants = choice.constants(c, kh, kw)
+        settings = {**choice.constants(c, kh, kw), **choice.options()}
         grid = (parts * _blocks(c),)
         launch = getattr(kernels, choice.kernel)[grid]
         if choice.pairs:
-            launch(x, dy, partials, n, h, w, rows, strips, images, **constants, num_warps=1, num_stages=1)
+            launch(x, dy, partials, n, h, w, rows, strips, images, **settings)
         else:
             launch(
                 x, dy, partials, n, h, w, oh, ow, padding[0], padding[1], rows, strips, images,
-                **constants, num_warps=1, num_stages=1,
+                **settings,
             )  # fmt: skip
         kernels._depthwise_sum_kernel[((kh * kw + 1) * -(-c // _SUM_BLOCK["BLOCK_C"]),)](
             partials, db if dw is None else dw, dw if db is None else db, parts,
