@@ -85,11 +85,8 @@ class Build:
         return cubin.source(kernel, dict(self.types), dict(self.constants))
 
     @property
-    def options(self) -> dict[str, int]:
-        """How the kernel is compiled and launched."""
-        if self.choice is not None:
-            return self.choice.options()
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def warps(self) -> int:
+        return dict(self.options)["num_warps"]
 
 
 class Programs(NamedTuple):

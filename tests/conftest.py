@@ -1,5 +1,28 @@
 """Runs before any test module is imported."""
 
+import pytest
+
+from tests.interpreter_lane import Lane
 from tests.torchvision_shim import install
 
 install()
+
+
+def _is_lane(item) -> bool:
+    return item.nodeid.endswith("test_interpreter_lane.py::test_interpreter")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=_is_lane)  # last, and nothing else moves
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session) -> None:
+    """Starts the interpreter lane, which runs beside the other tests, where its test is among the selected ones."""
+    config, lanes = session.config, [item for item in session.items if _is_lane(item)]
+    if lanes and not config.option.collectonly and not hasattr(config, "workerinput"):
+        module = lanes[0].module
+        if module.why_not() is None:
+            config.stash[module.LANE] = lane = Lane(module.FOLDER)
+            config.add_cleanup(lane.stop)  # also where the session is interrupted, or ends with its first failure

@@ -29,8 +29,8 @@ BLOCK_STANDS_ON = {"launch": {"launch"}, "reference": {"reference"}, "op": {"op"
 
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [
-    "_version", "dtypes", "runtime", "primitives", "interpreter", "testing", "registration", "FAMILIES", "modules", "self_check",
-    "__init__",
+    "_version", "dtypes", "runtime", "primitives", "interpreter", "testing", "registration", "FAMILIES", "modules",
+    "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
     "block", "model", "dialects", "atomic_files", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate",

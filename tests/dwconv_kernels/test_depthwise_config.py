@@ -1,0 +1,258 @@
+"""Which depthwise kernel runs on what: properties of config.py over all sizes, and what the tests' own cover covers."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+from dwconv_kernels.depthwise import config
+from tests import cases
+from tests.cases import CHANNELS, DTYPES, KERNELS, kernel_cases
+
+ARCHITECTURES = (0, 75, *config.MULTIPROCESSORS, 999)  # the interpreter, known ones, and two that are not
+KINDS = list(itertools.product(DTYPES, KERNELS, (False, True)))
+
+
+def picked(dtype, kernel, strict, widths=range(1, 301)):
+    """Each choice for maps of these widths, and the widths it is for."""
+    found = {}
+    for pick, same, w in itertools.product((config.pick_forward, config.pick_backward_weight), (True, False), widths):
+        found.setdefault(pick(dtype, *kernel, same, w, strict), []).append(w)
+    return found
+
+
+# Compiled variants
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strict", [False, True])
+def test_at_most_eight_kernels_are_compiled_for_all_sizes(dtype, strict):
+    """Per number of channels, dtype and size of the kernel; N and H are not even asked for."""
+    for kernel in KERNELS:
+        compiled = {
+            (choice.kernel, *choice.constants(96, *kernel).items(), *choice.options().items())
+            for choice in picked(dtype, kernel, strict)
+        }
+        assert len(compiled) + 2 <= 8, kernel  # the table of taps, and the second stage of the weight's gradient
+
+
+def test_no_size_and_no_address_is_compiled_into_a_kernel():
+    """Triton compiles anew for sizes of 1 and multiples of 16 and for aligned pointers, unless told not to."""
+    folder = Path(config.__file__).parent
+    lists = {
+        target.id: ast.literal_eval(node.value)
+        for node in ast.parse((folder / "strips.py").read_text()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if target.id in ("SIZES", "POINTERS")
+    }
+    kernels = 0
+    for file in sorted(folder.glob("kernels*.py")):
+        for function in ast.parse(file.read_text()).body:
+            if not isinstance(function, ast.FunctionDef) or not function.name.endswith("_kernel"):
+                continue
+            (decorator,) = function.decorator_list
+            told = {keyword.arg: lists[keyword.value.id] for keyword in decorator.keywords}
+            arguments = {argument.arg for argument in function.args.args if argument.annotation is None}
+            pointers = {name for name in arguments if name.endswith("_ptr")}
+            assert arguments - pointers <= set(told["do_not_specialize"]), function.name
+            assert pointers <= set(told["do_not_specialize_on_alignment"]), function.name
+            kernels += 1
+    assert kernels == 6
+
+
+@pytest.mark.parametrize("dtype, kernel, strict", KINDS, ids=str)
+def test_shipped_is_all_there_is(dtype, kernel, strict):
+    shipped = list(config.shipped(dtype, *kernel, strict))
+    assert len(shipped) == len(set(shipped))
+    assert set(shipped) == set(picked(dtype, kernel, strict, [*range(1, 301), 32_768, 32_769, 10**6]))
+    for choice in shipped:
+        assert choice.reason
+        assert not (strict and choice.pairs)
+        assert not (dtype == "fp32" and choice.pairs)
+
+
+def test_choices_are_functions_of_their_arguments():
+    """Whatever was asked before, and with nothing remembered."""
+    asked = [(config.pick_forward, *kind) for kind in itertools.product(DTYPES, (3, 7), (3, 7), (True, False), (7, 30))]
+    asked += [(config.pick_backward_weight, *arguments) for _, *arguments in asked]
+    asked += [(config.rows_per_program, arch, columns, 56, 7) for arch in ARCHITECTURES for columns in (1, 96, 10**4)]
+    asked += [(config.cut_backward_weight, arch, 24, n, 28, 7) for arch in ARCHITECTURES for n in (1, 3, 256)]
+    first = [function(*arguments) for function, *arguments in asked]
+    for function in {function for function, *_ in asked}:
+        function.cache_clear()
+    assert [function(*arguments) for function, *arguments in reversed(asked)] == first[::-1]
+
+
+# Strips
+
+
+def starts(choice, w):
+    """As strips.strip_start has them, which the kernels' exact tests show to be right where these are."""
+    count = choice.strips(w)
+    if choice.edge == "masked":
+        return [strip * choice.block_w for strip in range(count)]
+    return [strip * (w - choice.block_w) // max(count - 1, 1) for strip in range(count)]
+
+
+@pytest.mark.parametrize("dtype, kernel, strict", KINDS, ids=str)
+def test_strips_cover_every_column_once(dtype, kernel, strict):
+    for choice, widths in picked(dtype, kernel, strict).items():
+        for w in widths:
+            first = starts(choice, w)
+            assert first[0] == 0
+            assert w - choice.block_w <= first[-1] < w
+            # A column is the first strip's that has it: columns_owned.
+            owned = [
+                column
+                for strip, start in enumerate(first)
+                for column in range(start, min(start + choice.block_w, w))
+                if strip == 0 or column >= first[strip - 1] + choice.block_w
+            ]
+            assert owned == list(range(w)), (choice, w)
+
+
+@pytest.mark.parametrize("dtype, kernel, strict", KINDS, ids=str)
+def test_columns_beside_strips_are_all_inside_or_all_outside(dtype, kernel, strict):
+    beside = kernel[1] // 2
+    for choice, widths in picked(dtype, kernel, strict).items():
+        if choice.edge == "masked":
+            continue
+        for w in widths:
+            for start in starts(choice, w):
+                end = start + choice.block_w
+                assert start >= 0
+                assert end <= w
+                assert start == 0 or start >= beside, (choice, w)
+                assert end == w or end + beside <= w, (choice, w)
+                assert choice.edge != "whole" or (start, end) == (0, w)
+
+
+def test_other_padding_and_narrow_or_very_wide_maps_are_masked():
+    for pick, (dtype, (kh, kw), strict) in itertools.product((config.pick_forward, config.pick_backward_weight), KINDS):
+        for same, w in ((False, 7), (False, 100), (True, 3), (True, 6), (True, 32_769)):
+            assert pick(dtype, kh, kw, same, w, strict).edge == "masked"
+        assert pick(dtype, kh, kw, True, 7, strict).edge != "masked"
+        assert pick(dtype, kh, kw, True, 32_768, strict).edge == "strips"
+
+
+# Parts
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_programs_cover_all_rows_and_images(arch):
+    sizes = [*range(1, 24), 28, 56, 57, 100, 224, 300]
+    for columns, h, kh in itertools.product((1, 5, 96, 1000, 10**5), sizes, (1, 7, 11)):
+        rows = config.rows_per_program(arch, columns, h, kh)
+        assert rows > 0
+        assert rows % 2 == 0
+        assert rows <= h + 1
+    for columns, n, h, kh in itertools.product(
+        (1, 24, 1000), (1, 2, 3, 7, 64, 65, 300), (1, 2, 7, 14, 57, 300), (1, 7)
+    ):
+        images, rows = config.cut_backward_weight(arch, columns, n, h, kh)
+        assert 1 <= images <= n
+        assert rows > 0
+        assert rows % 2 == 0
+        assert rows <= h + 1
+
+
+def test_work_is_cut_where_it_would_not_fill_the_machine():
+    assert config.rows_per_program(90, 4, 56, 7) < 56 == config.rows_per_program(90, 10**5, 56, 7)
+    assert config.rows_per_program(0, 1, 56, 7) == 56  # the interpreter
+    assert config.cut_backward_weight(90, 24, 1, 56, 7)[1] < 56
+    images, rows = config.cut_backward_weight(90, 24, 1024, 56, 7)
+    assert images > 1
+    assert rows == 56
+    for n in (256, 1024, 4096, 2**15):  # partial sums stay few beside the pixels that they are sums of
+        images, rows = config.cut_backward_weight(90, 24, n, 56, 7)
+        parts = 8 * -(-56 // rows) * -(-n // images)  # strips of 7 columns
+        assert parts * (7 * 7 + 1) <= n * 56 * 56 / 32
+
+
+# What is not taken
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, (3, 1), (5, 9)], ids=str)
+def test_what_is_taken(kernel):
+    kh, kw = kernel
+    for dtype, ph, pw in itertools.product(DTYPES, range(kh), range(kw)):
+        assert config.why_not(dtype, kh, kw, (1, 1), (ph, pw), (1, 1)) is None
+    for padding in ((kh, 0), (0, kw)):
+        reason = config.why_not("bf16", kh, kw, (1, 1), padding, (1, 1))
+        assert str(padding) in reason
+        assert str((kh - 1, kw - 1)) in reason
+
+
+@pytest.mark.parametrize("change, came, allowed", [
+    ({"dtype": "float64"}, "x is float64", "bfloat16, float16 and float32"),
+    ({"stride": (2, 1)}, "stride (2, 1)", "stride 1"),
+    ({"dilation": (1, 3)}, "dilation (1, 3)", "dilation 1"),
+    ({"kh": 4}, "4×3", "odd sizes"),
+    ({"kw": 2}, "3×2", "odd sizes"),
+    ({"kh": 11}, "11×3", "9×9, 1×11 and 11×1"),
+    ({"kh": 1, "kw": 13}, "1×13", "1×11"),
+    ({"kh": 31, "kw": 31}, "31×31", "9×9"),
+])  # fmt: skip
+def test_reasons_say_what_came_and_what_is_allowed(change, came, allowed):
+    geometry = {"dtype": "bf16", "kh": 3, "kw": 3, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    assert config.why_not(**geometry) is None
+    reason = config.why_not(**{**geometry, **change})
+    assert came in reason
+    assert allowed in reason
+
+
+# The cases on which the kernels are run, cases.kernel_cases
+
+
+def met(*names):
+    return {meeting[1:] for case in kernel_cases() for meeting in cases.meetings(case) if meeting[0] == names}
+
+
+@pytest.mark.parametrize("field, values", [
+    ("c", CHANNELS), ("n", (1, 2, 3)), ("h", cases.HEIGHTS), ("w", cases.WIDTHS), ("kh", (1, 3, 5, 7, 9, 11)),
+    ("kw", (1, 3, 5, 7, 9, 11)), ("x", cases.LAYOUTS), ("dy", cases.LAYOUTS), ("weight", cases.WEIGHT_LAYOUTS),
+    ("bias", cases.BIAS_LAYOUTS), ("cut", cases.CUTS), ("order", cases.ORDERS), ("h < kh", (False, True)),
+    ("w < kw", (False, True)), ("whole blocks", (False, True)),
+], ids=str)  # fmt: skip
+def test_the_cover_has_every_value_in_every_dtype(field, values):
+    assert met(field, "dtype") == set(itertools.product(values, DTYPES))
+
+
+def test_the_cover_has_every_kernel_and_padding():
+    assert met("kernel", "same") == {(k, same) for k in KERNELS for same in (True, False)} - {((1, 1), False)}
+    for size, padding in (("kh", "ph"), ("kw", "pw")):
+        assert met(size, padding) == {(k, p) for k in (1, 3, 5, 7, 9, 11) for p in range(k)}
+    assert met("offset") == {(offset,) for offset in range(1, 16)}
+
+
+def test_the_cover_runs_everything_that_is_shipped():
+    """Each choice in each dtype, each choice for each size of the kernel; and strict ones in each half type."""
+    ran = {(case.dtype, case.kh, case.kw, case.strict, part.choice) for case in kernel_cases() for part in case.parts()}
+    of_dtype = {(dtype, strict, choice) for dtype, _, _, strict, choice in ran}
+    of_size = {(kh, kw, choice) for _, kh, kw, _, choice in ran}
+    for dtype, (kh, kw), strict in KINDS:
+        for choice in config.shipped(dtype, kh, kw, strict):
+            assert (kh, kw, choice) in of_size
+            if not strict:
+                assert (dtype, False, choice) in of_dtype
+            elif (kh, kw) == (7, 7) and dtype != "fp32":  # elsewhere, strict kernels are the ones that run anyway
+                assert (dtype, True, choice) in of_dtype
+
+
+def test_the_cover_cuts_every_kernel_in_every_way():
+    for name, values in (("strips", (1, 2, 3)), ("chunks", (1, 2, 3)), ("h is odd", (0, 1)), ("n > 1", (False, True))):
+        found = met("choice", name)
+        for kernel, edge, block_w, strict in {choice for choice, _ in found}:
+            there = {value for choice, value in found if choice == (kernel, edge, block_w, strict)}
+            if name != "strips":
+                assert there == set(values), (kernel, edge, name)
+            elif edge == "whole" or "fwd_pairs" in kernel:  # a single strip of 7 is "whole"
+                assert there == ({1} if edge == "whole" else {2, 3})
+            else:
+                assert there >= {2, 3}, (kernel, edge, name)
+    groups = met("choice", "groups")
+    assert {choice for choice, count in groups if "weight" in choice[0] and count == 2} == {
+        choice for choice, _ in groups if "weight" in choice[0]
+    }
