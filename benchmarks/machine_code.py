@@ -293,6 +293,7 @@ def _of_map(build: Build, program: cubin.Program, arch: int, h: int | None, w: i
         loops.append({
             "name": name,
             "instructions": len(body),
+            "spills": sum(i.spills for i in body),
             "products": round(sum(i.is_product for i in body) / len(body), 3),
             "slots_per_output": round(len(body) * times, 2),
             "pipes": {p: round(n * times, 2) for p, n in sorted(cubin.pipe_cycles(body, arch).items())},
@@ -325,7 +326,8 @@ def text(rows: list[dict]) -> str:
     for loop in row.get("loops") or ():
         pipes = ", ".join(f"{pipe} {cycles:.1f}" for pipe, cycles in loop["pipes"].items())
         lines.append(
-            f"    loop over {loop['name']}: {loop['instructions']} instructions, {loop['products']:.0%} FMA or MMA; "
+            f"    loop over {loop['name']}: {loop['instructions']} instructions, {loop['spills']} of them "
+            f"spills, {loop['products']:.0%} FMA or MMA; "
             f"at {row['H']}×{row['W']}, per output: {loop['slots_per_output']:.1f} slots; cycles: {pipes}"
         )
     for row in rows:
