@@ -158,6 +158,8 @@ def why_not_tensors(tensors: Sequence[Tensor | None]) -> str | None:
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     for t in tensors:
+        if t is not None and t.layout is not torch.strided:
+            return f"an argument has the layout {t.layout}"
         if t is not None and hasattr(t, "__tensor_flatten__"):
             return f"an argument is a {type(t).__name__}, which wraps other tensors"
     return None

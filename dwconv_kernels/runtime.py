@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from types import ModuleType
 
@@ -55,7 +56,8 @@ class backend:
     computes a second time is a forward pass, and runs on the backend that is in force then.)
 
     - ``auto``: CUDA tensors on the kernels where :func:`supports` says yes, everything else on ``torch``;
-    - ``triton``: the kernels, or an error that says why not;
+    - ``triton``: the kernels, or an error that says why not (a block, which has none of its own yet, is the kernels of
+      its convolution and PyTorch's operators for the rest);
     - ``reference``: the registered operators on their plain PyTorch definition with the hand-written backward;
     - ``torch``: a composition of PyTorch's own operators, with PyTorch's own autograd.
 
@@ -83,28 +85,40 @@ class backend:
 
 
 _strict = int(_switched_on("DWCONV_KERNELS_STRICT"))  # how many ask for it
+_strict_lock = threading.Lock()
 
 
 class strict:
-    """Context manager: kernels let an Inf or NaN reach exactly the outputs that its place in the formula reaches.
+    """Context manager: every output of a depthwise kernel depends on its own window alone, in half types, too.
 
-    In the fast form for half types, the depthwise kernels add two neighbouring rows before they multiply. An Inf or NaN
-    then also reaches one row of outputs beyond its window, an Inf may come out as NaN, and bf16 values above 1.7e38
-    overflow. Strict kernels take one row at a time, as they always do in fp32, and are about a sixth slower. In the
-    whole process, all threads of it, for forward and backward passes that run inside. Other backends do not change.
+    In the fast form for 7×7 in half types, two rows of outputs come from sums and differences over the eight rows of
+    both windows. Then
 
-    The outputs are those of the forward pass and the input's gradient. In a weight's gradient, a channel with an Inf or
-    NaN in its map may get NaN for all of its taps, strict or not: what is outside of the map is multiplied as 0.
+    - an Inf or NaN also reaches one row of outputs beyond its window, an Inf may come out as NaN, and bf16 values above
+      1.7e38 overflow;
+    - the rounding error of an output is 2⁻²⁴ times a small multiple of what is in those eight rows: a row of outputs
+      over zeros, beside a row of large values, is not exact to its own last bit. The same holds for taps of the
+      weight's gradient where even and odd rows differ by orders of magnitude.
+
+    Strict kernels take one row at a time, as they always do in fp32, and need more instructions
+    (``python -m benchmarks.machine_code`` says how many). This holds in the whole process, all threads of it, for
+    forward and backward passes that run inside. Other backends do not change.
+
+    What is said of Inf and NaN is about x and dy, in y and dx. In a weight's gradient, a channel with an Inf or NaN in
+    its map may get NaN for all of its taps, strict or not, and an Inf in the weight meets zeros beside the map: what
+    is outside of the map is multiplied as 0.
     """
 
     def __enter__(self) -> strict:
         global _strict
-        _strict += 1
+        with _strict_lock:
+            _strict += 1
         return self
 
     def __exit__(self, *_) -> None:
         global _strict
-        _strict -= 1
+        with _strict_lock:
+            _strict -= 1
 
 
 def strict_kernels() -> bool:
@@ -127,7 +141,8 @@ def select(operator: str, x: Tensor, why_not: Callable[[], str | None]) -> str:
     chosen = _backend
     if chosen == "auto":
         # Exporters know ATen's operators and not ours; the composition is what they can convert.
-        return "triton" if x.is_cuda and not exporting() and why_not() is None else "torch"
+        fit = x.is_cuda and not INTERPRETER and not exporting()  # never the interpreter unless asked for
+        return "triton" if fit and why_not() is None else "torch"
     if chosen == "reference" and not x.is_floating_point():
         raise TypeError(f'x is {x.dtype}; floating-point dtypes are allowed under backend("reference")')
     if chosen == "triton":
@@ -169,9 +184,9 @@ def supports(operator: Callable, *args, **kwargs) -> tuple[bool, str]:
 def why_not_device(family: str, x: Tensor) -> str | None:
     """Why no kernel of ``family`` runs on x's device; None where they do."""
     if x.is_cuda:
-        return _why_not_cuda(x.device.index if x.device.index is not None else -1) or _why_not_family(family)
+        return _why_not_cuda(x.device.index if x.device.index is not None else -1) or _why_not_loaded(family)
     if x.device.type == "cpu" and INTERPRETER:
-        return _why_not_family(family)
+        return _why_not_loaded(family)
     if x.device.type == "cpu":
         return "x is on cpu; the kernels run on CUDA devices (or, with TRITON_INTERPRET=1, in Triton's interpreter)"
     return f"x is on {x.device.type}; the kernels run on CUDA devices"
@@ -197,7 +212,9 @@ def launchers(family: str) -> ModuleType:
     Raises:
         RuntimeError: the kernels of this family cannot be imported, with the reason.
     """
-    _load(family)
+    reason = _why_not_loaded(family)
+    if reason is not None:
+        raise RuntimeError(f"no Triton kernels for {family}: {reason}")
     return _LAUNCHERS[family]
 
 
@@ -206,7 +223,7 @@ _LAUNCHERS: dict[str, ModuleType] = {}
 
 def triton_version() -> str | None:
     """Version of the installed Triton, or None; does not import it."""
-    for distribution in ("triton", "triton-windows"):
+    for distribution in ("triton", "triton-windows", "pytorch-triton"):
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -243,16 +260,30 @@ def _why_not_family(family: str) -> str | None:
 
 
 @_constant
-def _load(family: str) -> bool:
+def _why_not_loaded(family: str) -> str | None:
     # Apart from `launchers`, because torch.compile does not trace imports, and takes no module for a constant.
-    if family not in _LAUNCHERS:
-        reason = _why_not_family(family)
-        if reason is not None:
-            raise RuntimeError(f"no Triton kernels for {family}: {reason}")
-        if INTERPRETER:
-            importlib.import_module(f"{__package__}.interpreter").repair()
-        _LAUNCHERS[family] = importlib.import_module(f"{__package__}.{family}.launch")
-    return True
+    reason = _why_not_family(family) or _FAILED.get(family)
+    if reason is None and family not in _LAUNCHERS:
+        try:
+            _LAUNCHERS[family] = _import_launchers(family)
+        except (ImportError, RuntimeError) as error:  # a reason like the others: `auto` then takes PyTorch's operators
+            reason = _FAILED[family] = f"the kernels cannot be loaded: {error}"
+    return reason
+
+
+_FAILED: dict[str, str] = {}
+
+
+def _import_launchers(family: str) -> ModuleType:
+    interpreted = importlib.import_module("triton").knobs.runtime.interpret
+    if interpreted != INTERPRETER:
+        raise RuntimeError(
+            f"Triton's interpreter is {'on' if interpreted else 'off'}, not as when dwconv_kernels was imported; set "
+            f"TRITON_INTERPRET to 1 or 0 before Python starts"
+        )
+    if INTERPRETER:
+        importlib.import_module(f"{__package__}.interpreter").repair()
+    return importlib.import_module(f"{__package__}.{family}.launch")
 
 
 @_constant

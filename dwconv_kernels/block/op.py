@@ -239,8 +239,12 @@ def _select(x: Tensor, p: Parameters, row_scale: Tensor | None) -> str:
     """The backend of a block. Where it has no kernels of its own, ``triton`` is the composition on those there are."""
     if runtime.current_backend() == "triton" and not runtime.has_kernels("block"):
         padding = reference.same_padding(p.dw_weight)
-        if depthwise.why_not(x, p.dw_weight, p.dw_bias, 1, padding) is None:
+        reason = depthwise.why_not(x, p.dw_weight, p.dw_bias, 1, padding)
+        if reason is None:
             return "torch"
+        raise RuntimeError(
+            f'convnext_block cannot run under backend("triton"), its convolution has no kernel: {reason}'
+        )
     return runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale))
 
 

@@ -16,7 +16,9 @@ BLOCK_C = 32  # one warp, a channel per lane; two per lane cost registers and mo
 DTYPES = ("bf16", "fp16", "fp32")
 MAX_KERNEL = 9  # taps live in registers: 81 are what leaves room for the sums
 MAX_LINE = 11  # of kernels that are one tap high or wide
-MAX_STRIPS_W = 32_768  # kernels compute strip · W in 32 bits
+# Kernels compute strip · W in 32 bits. Each strip of the weight gradient has partial sums of its own, which in a wider
+# map would outgrow the map.
+MAX_W = 32_768
 
 # Streaming multiprocessors of the biggest common GPU of an architecture; each has four schedulers.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 170}
@@ -79,7 +81,7 @@ def why_not(dtype: str, kh: int, kw: int, stride: tuple, padding: tuple, dilatio
 
 def strips_fit(w: int, block_w: int, kw: int) -> bool:
     """Can strips be spread over ``w`` columns so that the kw // 2 columns beside each are all in or all out?"""
-    if w < block_w or w > MAX_STRIPS_W:
+    if w < block_w or w > MAX_W:
         return False
     strips = -(-w // block_w)
     # Inner strips are no nearer to the ends of the map than the distance of two strips, rounded down.
@@ -148,9 +150,7 @@ def rows_per_program(arch: int, columns: int, oh: int, kh: int) -> int:
     """
     schedulers = _schedulers(arch)
     best = None
-    for chunks in range(1, max(2, oh // 2 + 1)):
-        rows = -(-oh // chunks)
-        rows += rows % 2
+    for rows in _even_rows(oh):
         # In rows: loading taps and storing the last rows takes as long as one or two of them.
         time = _time(rows + kh - 1 + 1.5, columns * -(-oh // rows), schedulers)
         if best is None or time < best[0]:
@@ -167,17 +167,22 @@ def cut_backward_weight(arch: int, columns: int, n: int, h: int, kh: int) -> tup
     """
     schedulers = _schedulers(arch)
     best = None
-    for chunks in range(1, max(2, h // 2 + 1)):
-        rows = -(-h // chunks)
-        rows += rows % 2
-        chunks = -(-h // rows)
-        for images in _few(n):
-            programs = columns * chunks * -(-n // images)
+    groups = _few(n)
+    for rows in _even_rows(h):
+        for images in groups:
+            programs = columns * -(-h // rows) * -(-n // images)
             # In rows: a window of KH − 1 rows per image; the sums, stored here and added up there, count as four.
             time = _time(images * (rows + 0.4 * (kh - 1)) + 4, programs, schedulers)
             if best is None or time < best[0]:
                 best = (time, images, rows)
     return best[1], best[2]
+
+
+def _even_rows(h: int) -> list[int]:
+    """Even numbers of rows per program worth a look, the most first: h in up to 64 equal chunks, then ever more."""
+    chunks = [*range(1, 65), *(64 * 2**k for k in range(1, 26))]
+    rows = {-(-h // c) for c in chunks if c <= max(1, h // 2)}
+    return sorted({r + r % 2 for r in rows}, reverse=True)
 
 
 def _few(n: int) -> list[int]:

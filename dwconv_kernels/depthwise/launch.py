@@ -27,9 +27,12 @@ def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pa
     autocast = runtime.autocast_dtype(x)
     if autocast is not None:
         name = _NAMES.get(autocast, str(autocast))
-    row = x.shape[1] * (x.shape[3] + 2 * padding[1])
-    if 2 * row >= 2**31:  # the step of a pair of rows
-        return f"a row of the map has {row} elements; the kernels take less than 2^30"
+    n, c, h, w = x.shape
+    if w + 2 * padding[1] > config.MAX_W or c * (w + 2 * padding[1]) >= 2**30 or max(n, h) >= 2**30:
+        return (
+            f"x has shape {tuple(x.shape)}; with padding, the kernels take W up to {config.MAX_W}, and C·W, N and H "
+            f"below 2^30"
+        )
     return config.why_not(name, *weight.shape[2:], stride, padding, dilation)
 
 
@@ -37,6 +40,7 @@ def depthwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """y (N, C, OH, OW) in x's memory format; stride and dilation are 1."""
+    _refuse_unsupported(x, weight, stride, padding, dilation)
     kernel = weight.shape[2:]
     size = [x.shape[2 + k] + 2 * padding[k] - kernel[k] + 1 for k in range(2)]
     y = registration.empty_map(x, (*x.shape[:2], *size))
@@ -55,6 +59,8 @@ def depthwise_backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in x's memory format, dw and db in the layouts of the parameters; of shape (0,) where not ``wanted``."""
+    _refuse_unsupported(x, weight, stride, padding, dilation)
+    wants_db = wanted[2] and bias is not None
     dx = registration.empty_map(x, x.shape) if wanted[0] else x.new_empty(0)
     dw, db = registration.parameter_gradients((weight, bias), wanted[1:], x)
     dy = dy.contiguous(memory_format=torch.channels_last)  # once for both passes
@@ -62,9 +68,16 @@ def depthwise_backward(
         # The same operator on dy, with the taps turned around.
         turned = tuple(k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True))
         _convolve(dy, weight, None, turned, dx, flip=True)
-    if wanted[1] or wanted[2]:
-        _weight_gradient(dy, x, weight.shape[2:], padding, dw if wanted[1] else None, db if wanted[2] else None)
+    if wanted[1] or wants_db:
+        _weight_gradient(dy, x, weight.shape[2:], padding, dw if wanted[1] else None, db if wants_db else None)
     return dx, dw, db
+
+
+def _refuse_unsupported(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    """For callers of the raw operators; the public function has asked :func:`why_not` before."""
+    reason = "x is empty" if 0 in x.shape[1:] else why_not(x, weight, stride, padding, dilation)
+    if reason is not None:
+        raise ValueError(f"the Triton kernels do not take this depthwise convolution: {reason}")
 
 
 def _arch(x: Tensor) -> int:

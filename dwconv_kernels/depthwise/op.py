@@ -172,11 +172,11 @@ def why_not(x, weight, bias=None, stride=1, padding=0, dilation=1) -> str | None
     if isinstance(x, Tensor) and x.ndim == 3:
         x = x.unsqueeze(0)
     stride, padding, dilation, more = _check(x, weight, bias, stride, padding, dilation)
-    return _why_not(x, weight, stride, padding, dilation, more)
+    return _why_not(x, weight, bias, stride, padding, dilation, more)
 
 
-def _why_not(x, weight, stride, padding, dilation, more) -> str | None:
-    reason = runtime.why_not_device("depthwise", x) or registration.why_not_tensors((x, weight))
+def _why_not(x, weight, bias, stride, padding, dilation, more) -> str | None:
+    reason = runtime.why_not_device("depthwise", x) or registration.why_not_tensors((x, weight, bias))
     if reason is not None:
         return reason
     if more is not None:
@@ -262,13 +262,13 @@ def convolve(
     """:func:`depthwise_conv2d` of checked arguments, on the backend in force; ``more`` as F.pad takes it."""
     if has_torch_function((x, weight, bias)) and registration.overridden((x, weight, bias)):
         return composition(x, weight, bias, stride, padding, dilation)
-    chosen = runtime.select("depthwise_conv2d", x, lambda: _why_not(x, weight, stride, padding, dilation, more))
+    chosen = runtime.select("depthwise_conv2d", x, lambda: _why_not(x, weight, bias, stride, padding, dilation, more))
     if more is not None:
         x = F.pad(x, more)
-    if chosen == "torch" and not is_empty(x):
+    if is_empty(x):
+        chosen = "reference"  # which alone knows what comes of nothing
+    elif chosen == "torch":
         return composition(x, weight, bias, stride, padding, dilation)
-    if chosen == "torch":
-        chosen = "reference"
     dtype = runtime.autocast_dtype(x)
     return DepthwiseConv2dFunction.apply(
         x if dtype is None else x.to(dtype), weight, bias, stride, padding, dilation, chosen

@@ -85,6 +85,22 @@ def test_rounding_of_strict_kernels(dtype):
     proofs.prove_rounding(ROUNDED[1]._replace(dtype=dtype, strict=True), 1.0)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["pairs", "strict"])
+def test_a_row_of_large_values_beside_small_ones(strict):
+    """In pairs, its rounding errors reach one row further than its values; strict kernels keep to the usual bound."""
+    case = KernelCase("bf16", 1, 32, 9, 10, 7, 7, 3, 3, strict=strict)
+    inputs, dy = proofs.operands(case, normal)
+    for t in (inputs[0], dy):
+        t[:, :, 0] *= 1e6
+    y, dx = proofs.on_kernels(case, inputs, dy, (True, False, False))
+    exact, magnitude = proofs.exactly(case, inputs, dy), proofs.exactly(case, inputs, dy, torch.abs)
+    if not strict:  # all that is added up, for outputs at the edge of pairs too
+        taps = inputs[1].double().abs().amax((2, 3), keepdim=True).expand(-1, -1, 9, 7)
+        magnitude = [3 * F.conv2d(t.double().abs(), taps, padding=(4, 3), groups=32) for t in (inputs[0], dy)]
+    testing.assert_componentwise(y, exact[0], magnitude[0], 50, "y")
+    testing.assert_componentwise(dx, exact[1], magnitude[1], 49, "dx")
+
+
 # T4: gradients
 
 

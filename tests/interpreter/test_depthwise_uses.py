@@ -147,13 +147,21 @@ def test_what_is_not_taken_is_said():
             dk.depthwise_conv2d(**arguments)
 
 
-@pytest.mark.parametrize("columns, taken", [(2**15 - 1, True), (2**15, False)])
-def test_rows_of_more_than_2_30_elements_are_not_taken(columns, taken):
-    """The step from a pair of rows to the next is computed in 32 bits. Nothing is computed here."""
-    x = torch.zeros(()).expand(1, 2**15, 1, columns)
-    supported, reason = dk.supports(dk.depthwise_conv2d, x, torch.zeros(()).expand(2**15, 1, 1, 1))
+@pytest.mark.parametrize("shape, padding, taken", [
+    ((1, 2**15, 1, 2**15 - 1), (0, 0), True),
+    ((1, 2**15, 1, 2**15 - 1), (0, 1), False),
+    ((1, 2**15, 1, 2**15), (0, 0), False),
+    ((1, 1, 1, 2**15 + 1), (0, 0), False),
+    ((2**30 - 1, 1, 1, 1), (0, 0), True),
+    ((2**30, 1, 1, 1), (0, 0), False),
+    ((1, 1, 2**30, 1), (0, 0), False),
+], ids=str)  # fmt: skip
+def test_maps_that_are_too_large_for_offsets_in_32_bits(shape, padding, taken):
+    """Offsets of rows are computed in 64 bits, those within one in 32. Nothing is computed here."""
+    x, w = torch.zeros(()).expand(shape), torch.zeros(()).expand(shape[1], 1, 1, 1 + 2 * padding[1])
+    supported, reason = dk.supports(dk.depthwise_conv2d, x, w, padding=padding)
     assert supported == taken
-    assert taken or "a row of the map has 1073741824 elements; the kernels take less than 2^30" in reason
+    assert taken or (str(shape) in reason and "the kernels take W up to 32768 and C·W, N and H below 2^30" in reason)
 
 
 @pytest.mark.parametrize("x_format, w_format", [

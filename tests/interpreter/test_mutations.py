@@ -62,10 +62,10 @@ PROOFS = {
     "rounding to bf16": rounding("bf16", 1, 32, 4, 8, 3, 3, 1, 1),
     "rounding in fp32": rounding("fp32", 1, 32, 4, 8, 3, 3, 1, 1),
     "autocast": in_autocast((3, 3)),
-    "addresses, masked": lambda: addresses.test_forward(addresses.WIDE, "_depthwise_fwd_kernel"),
-    "addresses, strips": lambda: addresses.test_forward(addresses.DEEP, "_depthwise_fwd_kernel"),
+    "addresses, masked": lambda: addresses.test_forward(addresses.IN_MASKS, "_depthwise_fwd_kernel"),
+    "addresses, strips": lambda: addresses.test_forward(addresses.IN_STRIPS, "_depthwise_fwd_kernel"),
     "addresses, pairs": lambda: addresses.test_forward(addresses.IN_PAIRS, "_depthwise_fwd_pairs_kernel"),
-    "addresses, weight": lambda: addresses.test_weight_gradient(addresses.WIDE, "_depthwise_bwd_weight_kernel"),
+    "addresses, weight": lambda: addresses.test_weight_gradient(addresses.IN_MASKS, "_depthwise_bwd_weight_kernel"),
     "addresses, weight in pairs": lambda: addresses.test_weight_gradient(
         addresses.IN_PAIRS, "_depthwise_bwd_weight_pairs_kernel"
     ),
