@@ -94,7 +94,8 @@ def test_rows_are_as_long_as_they_may_be():
 
 
 @pytest.mark.parametrize("cut, kernel", [
-    (IN_MASKS, "_depthwise_fwd_kernel"), (IN_STRIPS, "_depthwise_fwd_kernel"), (IN_PAIRS, "_depthwise_fwd_pairs_kernel"),
+    (IN_MASKS, "_depthwise_fwd_kernel"), (IN_STRIPS, "_depthwise_fwd_kernel"),
+    (IN_PAIRS, "_depthwise_fwd_pairs_kernel"),
 ], ids=["masked", "strips", "pairs"])  # fmt: skip
 def test_forward(cut, kernel):
     chunks = -(-cut.out[0] // cut.rows)

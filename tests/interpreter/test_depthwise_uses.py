@@ -161,7 +161,7 @@ def test_maps_that_are_too_large_for_offsets_in_32_bits(shape, padding, taken):
     x, w = torch.zeros(()).expand(shape), torch.zeros(()).expand(shape[1], 1, 1, 1 + 2 * padding[1])
     supported, reason = dk.supports(dk.depthwise_conv2d, x, w, padding=padding)
     assert supported == taken
-    assert taken or (str(shape) in reason and "the kernels take W up to 32768 and C·W, N and H below 2^30" in reason)
+    assert taken or all(part in reason for part in (str(shape), "W up to 32768", "C·W, N and H below 2^30"))
 
 
 @pytest.mark.parametrize("x_format, w_format", [
