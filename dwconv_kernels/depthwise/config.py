@@ -160,7 +160,7 @@ def rows_per_program(arch: int, columns: int, oh: int, kh: int) -> int:
 
 @lru_cache(maxsize=4096)
 def cut_backward_weight(arch: int, columns: int, n: int, h: int, kh: int) -> tuple[int, int]:
-    """(images, rows) per program of the weight gradient's kernels: just enough programs to fill the machine once.
+    """(images, rows) per program of the weight gradient's kernels: programs that fill the machine evenly, and not many.
 
     Each program writes KH·KW + 1 sums, which a second kernel adds up, so programs take several images where there are
     many. ``columns`` is strips × blocks of channels. The rows are even.

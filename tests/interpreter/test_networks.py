@@ -79,12 +79,9 @@ def test_step_of_the_demo(demo_task, tmp_path, guard):
     """Its network, images, optimiser and loss; of a batch, the first three images."""
     losses, parameters = [], []
     for backend in ("triton", "torch"):
-        task = demo_task()
-        world = World(torch.device("cpu"))
-        trainer = Trainer(
-            task, Options(epochs=1, batch_size=3, lr=4e-3, label_smoothing=0.0), RunFolder(tmp_path), world
-        )
+        task, options = demo_task(), Options(epochs=1, batch_size=3, lr=4e-3, label_smoothing=0.0)
         with dk.backend(backend):
+            trainer = Trainer(task, options, RunFolder(tmp_path), World(torch.device("cpu")))
             trainer._train_step(task.train_data.images[:3], task.train_data.labels[:3])
         assert_kernels_ran(guard, 5)
         losses.append(trainer.loss_sum)
@@ -103,9 +100,3 @@ def test_the_demos_own_comparison(demo_task):
         logits_error, gradient_error = demo.compare_with_reference(randomised(task.model), images, labels)
     assert 0 <= logits_error < 1e-5
     assert 0 < gradient_error < 1e-5
-
-
-@pytest.mark.xfail(strict=True, reason="the trainer asks for kernels of whole blocks, which there are not")
-def test_the_trainer_takes_the_backend_that_is_set(demo_task, tmp_path):
-    with dk.backend("triton"):
-        Trainer(demo_task(), Options(epochs=1, batch_size=3), RunFolder(tmp_path), World(torch.device("cpu")))
