@@ -130,13 +130,13 @@ class Results:
             content = json.loads(path.read_text())
             schema = content["schema"]
             if schema != SCHEMA:
-                raise ValueError(f"{path} has schema {schema}; {SCHEMA} is allowed")
+                raise ValueError(f"schema is {schema!r}; {SCHEMA} is allowed")
             results = cls(content["meta"], path)
             results.tests, results.left = dict(content.get("tests", {})), list(content.get("left", []))
             for values in content["rows"]:
                 row = Row.from_json(values)
                 results._rows[row.key] = row
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no results file: {type(error).__name__}: {error}") from error
         return results
 
@@ -172,7 +172,9 @@ class Results:
         """Raises ValueError where rows measured under ``meta`` do not belong into this file."""
         different = [name for name in IDENTITY if self.meta.get(name) != meta.get(name)]
         if different:
-            said = "; ".join(f"{name} is {self.meta.get(name)!r} there and {meta.get(name)!r} here" for name in different)
+            said = "; ".join(
+                f"{name} is {self.meta.get(name)!r} there and {meta.get(name)!r} here" for name in different
+            )
             raise ValueError(f"{self.path} was measured under other conditions: {said}. Use another folder")
 
 

@@ -1,47 +1,123 @@
-"""Honest comparisons of two callables on a machine that does other things as well."""
+"""Time, honestly: clocks of host and GPU, samples long enough for their clock, providers in turns.
+
+A machine gets faster and slower while it is measured, by heat and by what else runs on it. So providers are compared
+within rounds: in each round every provider runs once, the order changing from round to round, and a ratio is the median
+of the ratios within rounds. A slow moment then meets all of them.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+ENOUGH_CLOCK_TICKS = 2e-3  # seconds that one sample lasts at least
 
 
-class Comparison(NamedTuple):
-    """Seconds of paired runs, and their ratios ours/theirs, one per pair."""
+class Clock(Protocol):
+    method: str
 
-    ours: list[float]
-    theirs: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.ours, self.theirs, strict=True)]
-
-    def __str__(self) -> str:
-        ratios = sorted(self.ratios)
-        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-        return (
-            f"ours/theirs {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f}, all {ratios[0]:.3f} to "
-            f"{ratios[-1]:.3f}, {len(ratios)} pairs); medians {statistics.median(self.ours) * 1e3:.1f} ms and "
-            f"{statistics.median(self.theirs) * 1e3:.1f} ms"
-        )
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        """What ``repeats`` runs take together."""
 
 
-def compare(ours: Callable[[], object], theirs: Callable[[], object], pairs: int = 11, warmup: int = 2) -> Comparison:
-    """Time both ``pairs`` times, one right after the other, each going first every second time.
+class HostClock:
+    """For work that is done when a function returns."""
 
-    A slow moment of the machine then meets both of a pair, and the ratio within pairs hardly moves. On the CPU only:
-    nothing here waits for a GPU.
-    """
-    runs = (ours, theirs)
-    for _ in range(warmup):
-        for run in runs:
+    method = "clock"
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        start = self._now()
+        for _ in range(repeats):
             run()
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            start = time.perf_counter()
-            runs[which]()
-            seconds[which].append(time.perf_counter() - start)
-    return Comparison(*seconds)
+        return self._now() - start
+
+
+class EventClock:
+    """The GPU's own: from before the first run to after the last one, on the current stream."""
+
+    method = "events"
+
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3  # milliseconds
+
+
+class Timed(NamedTuple):
+    """Something to be timed: a function, how many calls it makes, and how often it is run for one sample."""
+
+    run: Callable[[], object]
+    calls: int = 1
+    repeats: int = 1
+
+    def sample(self, clock: Clock) -> float:
+        """Seconds per call."""
+        return clock.seconds(self.run, self.repeats) / (self.repeats * self.calls)
+
+
+def timed(clock: Clock, run: Callable[[], object], calls: int = 1, at_least: float = ENOUGH_CLOCK_TICKS) -> Timed:
+    """``run``, warmed up, with so many repeats that a sample lasts ``at_least`` so many seconds."""
+    repeats, seconds = 1, clock.seconds(run, 1)
+    while seconds < at_least:  # twice is not enough where the first run was slow
+        estimate = math.ceil(repeats * at_least / max(seconds, at_least / 1000))
+        repeats = max(repeats + 1, min(estimate, 100 * repeats))
+        seconds = clock.seconds(run, repeats)
+    return Timed(run, calls, repeats)
+
+
+def interleave(
+    clock: Clock,
+    providers: Mapping[str, Timed],
+    seconds: float,
+    rounds: tuple[int, int] = (5, 50),
+    before: Callable[[str], object] = lambda _: None,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Samples (seconds per call) of every provider, as many of each, sample i of all of them from round i.
+
+    Args:
+        seconds: after which no further round begins.
+        rounds: at least and at most so many.
+        before: is told the provider's name before each of its samples.
+    """
+    names = list(providers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = now() + seconds
+    for done in range(rounds[1]):
+        if done >= rounds[0] and now() >= end:
+            break
+        first = done % len(names)
+        order = names[first:] + names[:first]
+        for name in order if done % 2 == 0 else reversed(order):
+            before(name)
+            samples[name].append(providers[name].sample(clock))
+    return samples
+
+
+def ratios(samples: Mapping[str, list[float]], name: str, to: str) -> list[float]:
+    """Of two providers' samples, round by round."""
+    return [a / b for a, b in zip(samples[name], samples[to], strict=True)]
+
+
+def describe(samples: Mapping[str, list[float]], name: str, to: str) -> str:
+    """A sentence about two providers, for people to read."""
+    found = sorted(ratios(samples, name, to))
+    low, high = found[len(found) // 4], found[-1 - len(found) // 4]
+    medians = [statistics.median(samples[provider]) * 1e3 for provider in (name, to)]
+    return (
+        f"{name}/{to} {statistics.median(found):.3f} (quartiles {low:.3f} to {high:.3f}, all {found[0]:.3f} to "
+        f"{found[-1]:.3f}, {len(found)} rounds); medians {medians[0]:.1f} ms and {medians[1]:.1f} ms"
+    )

@@ -1,0 +1,186 @@
+"""A contest: one operator or network on one case, several providers, measured in one process in turns.
+
+What a contest reports goes through ``say``: a :class:`Turn` before a provider is waited for, a row as soon as there is
+anything to write, and again when all rounds are done. So whoever listens can write down what there is at any moment,
+and knows whom to blame when nothing comes any more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.machine import Machine
+from benchmarks.results import OURS, Row, quartiles
+from benchmarks.timing import Timed, interleave, ratios
+
+FIRST_SAMPLES = 3  # of a provider alone, before the rounds with the others
+LONGEST_REASON = 300
+
+
+class Unavailable(Exception):
+    """A provider that cannot run here, for a reason that is no mistake: a package or a GPU that is not there."""
+
+
+class Wrong(Exception):
+    """A provider whose result is not the right one, so that its speed is of no interest."""
+
+
+class Cost(NamedTuple):
+    """What a piece of work takes at least: bytes read or written once, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do at best, measured in the same run; operations per second are those of one dtype."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor(self, costs: Sequence[Cost]) -> float:
+        """Seconds that pieces of work take, one after another, each at the ceiling that limits it."""
+        return sum(max(cost.bytes / self.bytes_per_second, cost.flops / self.flops_per_second) for cost in costs)
+
+
+class Entry(NamedTuple):
+    """A provider that is ready to be timed, and what its row says besides the time."""
+
+    timed: Timed
+    facts: dict
+
+
+class Turn(NamedTuple):
+    """From now on this provider is waited for, and should need less than so many seconds."""
+
+    provider: str
+    seconds: float
+
+
+Prepare = Callable[[str], Entry | Row]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who is measured on what.
+
+    Attributes:
+        providers: in the order in which they get ready; ours is first.
+        open: makes the inputs, and returns what gets a provider ready. It may return a whole row instead, of something
+            that is not timed in rounds.
+        costs: of the work, piece by piece; empty where nobody knows.
+        needs: the operators whose tests have to pass before ours may be fast.
+        limit: seconds for a provider to get ready.
+        seconds: for all rounds together.
+        late: providers that take long to get ready, and come when all contests have had the others.
+    """
+
+    suite: str
+    case: str
+    dtype: str
+    providers: tuple[str, ...]
+    open: Callable[[Machine], Prepare]
+    costs: tuple[Cost, ...] = ()
+    needs: tuple[str, ...] = ("depthwise",)
+    limit: float = 60.0
+    seconds: float = 1.0
+    late: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return (self.suite, self.case, self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.suite}: {self.case} {self.dtype}"
+
+    def row(self, provider: str, **facts) -> Row:
+        return Row(self.suite, self.case, provider, self.dtype, **facts)
+
+
+def run(
+    contest: Contest,
+    machine: Machine,
+    providers: Sequence[str],
+    ceilings: Ceilings | None,
+    say: Callable[[Turn | tuple[Row, list[float]]], object],
+) -> None:
+    """Measure ``providers`` of a contest, and ``say`` each :class:`Turn` and each row with its samples in seconds."""
+    ready: dict[str, Entry] = {}
+    prepare = contest.open(machine)
+    for provider in providers:
+        say(Turn(provider, contest.limit))
+        try:
+            entry = prepare(provider)
+        except Exception as error:  # whatever a peer raises is what its row says
+            say((contest.row(provider, status=_status(error)), []))
+            del error  # its traceback holds the provider's tensors
+            _tidy(machine)
+            continue
+        if isinstance(entry, Row):
+            say((entry, []))
+            continue
+        ready[provider] = entry
+        samples = [entry.timed.sample(machine.clock) for _ in range(FIRST_SAMPLES)]
+        say((_row(contest, provider, entry, samples, ceilings), samples))
+    if ready:
+        timed = {provider: entry.timed for provider, entry in ready.items()}
+        samples = interleave(
+            machine.clock, timed, contest.seconds, before=lambda provider: say(Turn(provider, contest.limit))
+        )
+        for provider, entry in ready.items():
+            row = _row(contest, provider, entry, samples[provider], ceilings)
+            if OURS in samples and provider != OURS:
+                found = ratios(samples, provider, OURS)
+                low, middle, high = quartiles(found)
+                row = dataclasses.replace(row, speedup=middle, speedup_quartiles=(low, high))
+            say((row, samples[provider]))
+    ready.clear()
+    del prepare
+    _tidy(machine)
+
+
+def _row(contest: Contest, provider: str, entry: Entry, samples: list[float], ceilings: Ceilings | None) -> Row:
+    low, median, high = quartiles(samples)
+    facts = {"median_us": median * 1e6, "spread": (high - low) / median if median else 0.0, "samples": len(samples)}
+    if contest.costs:
+        facts |= {"bytes": sum(c.bytes for c in contest.costs), "flops": sum(c.flops for c in contest.costs)}
+        if ceilings is not None:
+            floor = ceilings.floor(contest.costs)
+            facts |= {"floor_us": floor * 1e6, "fraction_of_floor": floor / median if median else None}
+    return contest.row(provider, **{**facts, **entry.facts})
+
+
+def _status(error: Exception) -> str:
+    if isinstance(error, Unavailable):
+        return f"skipped: {error}"
+    if isinstance(error, Wrong):
+        return f"wrong: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed: out of memory"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"failed: {type(error).__name__}: {lines[0] if lines else ''}"[:LONGEST_REASON]
+
+
+def _tidy(machine: Machine) -> None:
+    """Gives memory back. Raises where the GPU is in a state that only a new process gets out of."""
+    gc.collect()
+    if machine.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def relative_error(results, expected) -> float:
+    """``‖result − expected‖ / ‖expected‖`` of the worst of several tensors, in float64; NaN where one is not finite."""
+    worst = 0.0
+    for result, right in zip(results, expected, strict=True):
+        difference = torch.linalg.vector_norm(result.to(right.dtype) - right, dtype=torch.float64)
+        error = (difference / torch.linalg.vector_norm(right, dtype=torch.float64).clamp_min(1e-300)).item()
+        worst = error if not error <= worst else worst
+    return worst
