@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from benchmarks.timing import Clock, EventClock, HostClock
 
 ROOT = Path(__file__).parents[1]
 CPU_CACHE = 32 * 2**20  # where nobody says how large the last level is
 ROTATE_PAST = 3  # sets of inputs hold so many times what fits into the cache
-MAX_SETS = 64
+MAX_SETS = {"cuda": 64, "cpu": 8}
 
 
 class Machine:
@@ -49,7 +50,7 @@ class Machine:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
         # Backward passes are repeated over one forward pass, so compiled ones must not eat what was saved for them.
-        torch._functorch.config.donated_buffer = False
+        functorch_config.donated_buffer = False
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             # Nothing is captured on the default stream, and backward runs on the stream of its forward: one for all.
@@ -75,7 +76,7 @@ class Machine:
         """How many sets of inputs to take turns, so that none is in the cache when its turn comes."""
         enough = -(-ROTATE_PAST * self.cache_bytes // max(bytes_of_one, 1))
         fitting = self.free_bytes // 4 // max(bytes_of_one, 1)
-        return max(1, min(enough, fitting, MAX_SETS))
+        return max(1, min(enough, fitting, MAX_SETS[self.device.type]))
 
     def lap(self, calls: list[Callable[[], object]], graph: bool) -> tuple[Callable[[], object], str]:
         """One function that makes all ``calls``, and how it is timed: "graph", "events" or "clock".

@@ -80,9 +80,8 @@ def network_costs(case: NetworkCase) -> Iterator[Cost]:
         pixels, weights = case.n * size**2, before * c * patch**2
         yield Cost(times * (read + pixels * c + weights) * item, times * 2 * pixels * weights)
         for block in stage:
-            yield _block_cost(
-                Case(case.n, c, size, size, "bf16" if item == 2 else "fp32", block.dwconv.kernel_size), times
-            )
+            here = Case(case.n, c, size, size, "bf16" if item == 2 else "fp32", block.dwconv.kernel_size)
+            yield block_cost(here, case.training)
         before = c
     head = before * CLASSES
     yield Cost(times * (case.n * (size**2 * before + CLASSES) + head) * item, times * 2 * case.n * head)

@@ -221,11 +221,19 @@ def _depthwise_cost(with_bias: bool) -> Callable[[Case], Cost]:
     """Two maps and the weight, with the bias or without; every pass has the same products."""
 
     def cost(case: Case) -> Cost:
-        taps = case.kernel[0] * case.kernel[1]
-        moved = 2 * case.pixels * case.c + case.c * (taps + with_bias)
-        return Cost(moved * case.itemsize, 2 * case.pixels * case.c * taps)
+        moved = 2 * case.pixels * case.c + case.c * (case.kernel[0] * case.kernel[1] + with_bias)
+        return Cost(moved * case.itemsize, 2 * _products(case))
 
     return cost
+
+
+def _products(case: Case) -> int:
+    """Of a depthwise convolution with "same" padding; what lies beside the map is no work."""
+
+    def of_line(size: int, taps: int) -> int:
+        return sum(0 <= place + tap - taps // 2 < size for place in range(size) for tap in range(taps))
+
+    return case.n * case.c * of_line(case.h, case.kernel[0]) * of_line(case.w, case.kernel[1])
 
 
 # --- layer norm + linear + GELU
@@ -306,10 +314,11 @@ def block_cost(case: Case, training: bool) -> Cost:
 
     In training also backward: reads x, dout and the parameters again, writes dx and the gradients of parameters.
     """
-    taps, pixels = case.kernel[0] * case.kernel[1], case.pixels * case.c
-    parameters = case.c * (taps + 2 * case.hidden + 5) + case.hidden
-    moved = 2 * pixels + parameters + (3 * pixels + 2 * parameters if training else 0)
-    return Cost(moved * case.itemsize, (3 if training else 1) * 2 * pixels * (taps + 2 * case.hidden))
+    elements = case.pixels * case.c
+    parameters = case.c * (case.kernel[0] * case.kernel[1] + 2 * case.hidden + 5) + case.hidden
+    moved = 2 * elements + parameters + (3 * elements + 2 * parameters if training else 0)
+    products = _products(case) + 2 * elements * case.hidden
+    return Cost(moved * case.itemsize, (3 if training else 1) * 2 * products)
 
 
 def _depthwise_supports(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[bool, str]:
@@ -348,8 +357,9 @@ OPERATORS = {
             {
                 "layer_norm_linear_forward": Pass((), True, functools.partial(_norm_linear_cost, training=False)),
                 "layer_norm_linear_training": Pass(
-                    ("x", "norm_weight", "norm_bias", "weight", "bias"), True,
- functools.partial(_norm_linear_cost, training=True)
+                    ("x", "norm_weight", "norm_bias", "weight", "bias"),
+                    True,
+                    functools.partial(_norm_linear_cost, training=True),
                 ),
             },
             _norm_linear_supports,

@@ -181,9 +181,7 @@ def _peak_bytes(machine: Machine, step: Callable[[], object]) -> int | None:
 def host(operator: str, training: bool) -> Contest:
     """Microseconds that a call keeps Python busy, on a map so small that the work itself hardly counts."""
     name = f"{operator} {'forward and backward' if training else 'forward'}"
-    return Contest(
-        "host", name, "bf16", (OURS, "eager", "compile"), functools.partial(_open_host, operator, training)
-    )
+    return Contest("host", name, "bf16", (OURS, "eager", "compile"), functools.partial(_open_host, operator, training))
 
 
 def _open_host(name: str, training: bool, machine: Machine) -> Prepare:
@@ -231,8 +229,12 @@ def host_samples(
 
 # --- cold start
 
+COLD_PROVIDERS = (OURS, "channels_last", "compile")
 
-def cold_start(model: str, size: int, n: int, providers: tuple[str, ...] = (OURS, "channels_last", "compile")) -> Contest:
+
+def cold_start(
+    model: str, size: int, n: int, providers: tuple[str, ...] = (OURS, "channels_last", "compile")
+) -> Contest:
     """Seconds of the first training step of a fresh process whose caches of compiled code are empty."""
     return Contest(
         "cold_start", f"{model} {size} N={n}", "amp_bf16", providers,

@@ -7,9 +7,10 @@
      "tests": {"depthwise": "passed: 180", ...},
      "rows": [{"suite": ..., "case": ..., "provider": ..., "dtype": ..., "median_us": ..., "spread": ...,
                "fraction_of_floor": ..., "status": "ok", ...}, ...],
-     "left": ["suite: case", ...]}
+     "done": ["suite: case dtype (providers)", ...], "left": [...]}
 
-:class:`Row` says what the fields of a row are. ``left`` names what there was no time for.
+:class:`Row` says what the fields of a row are. ``done`` names what was measured to its end, ``left`` what there was no
+time for.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class Results:
             raise ValueError(f"meta lacks {', '.join(missing)}; needed: {', '.join(META)}")
         self.meta, self.path = dict(meta), path
         self.tests: dict[str, str] = {}
+        self.done: list[str] = []
         self.left: list[str] = []
         self._rows: dict[tuple, Row] = {}
 
@@ -132,7 +134,8 @@ class Results:
             if schema != SCHEMA:
                 raise ValueError(f"schema is {schema!r}; {SCHEMA} is allowed")
             results = cls(content["meta"], path)
-            results.tests, results.left = dict(content.get("tests", {})), list(content.get("left", []))
+            results.tests = dict(content.get("tests", {}))
+            results.done, results.left = list(content.get("done", [])), list(content.get("left", []))
             for values in content["rows"]:
                 row = Row.from_json(values)
                 results._rows[row.key] = row
@@ -159,10 +162,9 @@ class Results:
     def write(self) -> None:
         if self.path is None:
             return
-        content = {"schema": SCHEMA, "meta": self.meta, "tests": self.tests}
-        text = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
+        head = {"schema": SCHEMA, "meta": self.meta, "tests": self.tests, "done": self.done, "left": self.left}
         rows = ",\n  ".join(json.dumps(_rounded(row.as_json()), ensure_ascii=False) for row in self.rows)
-        text += f',\n "rows": [\n  {rows}\n ],\n "left": {json.dumps(self.left, ensure_ascii=False)}\n}}\n'
+        text = f'{json.dumps(head, indent=1, ensure_ascii=False)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(self.path.name + ".part")
         unfinished.write_text(text)

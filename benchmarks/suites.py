@@ -30,6 +30,9 @@ class Visit(NamedTuple):
     providers: tuple[str, ...]
     again: bool  # ours has been measured before, and is there for the ratio only
 
+    def __str__(self) -> str:
+        return f"{self.contest} ({', '.join(self.providers)})"
+
 
 def plan(cuda: bool, quick: bool = False) -> list[Contest]:
     """All contests for a GPU, or for a CPU, the most important first; ``quick``: what an impression needs."""
@@ -114,13 +117,14 @@ def _for_cpu(quick: bool) -> Iterator[Contest]:
     yield from _maps("norm_linear", NORM_LINEAR, norm_linear, stages=(2,), **small)
     yield from _maps("block", BLOCK, (OURS, *PYTORCH, "max_autotune"), stages=(2,), kernel=(7, 7), **small)
     yield from _cpu_probes((False, True))
-    pytorch = ("channels_last", "timm", "eager")
+    few = {"first": (OURS,), "pytorch": ("channels_last", "timm", "eager")}
     for dtype in ("fp32", "bf16"):
         for training in (False, True):
-            yield _network("convnext_tiny", 2, dtype, training=training, pytorch=pytorch, seconds=0.5)
-    several = {"pytorch": pytorch, "seconds": 0.2}
+            yield _network("convnext_tiny", 2, dtype, training=training, seconds=0.5, **few)
+    several = {**few, "seconds": 0.2}
     yield _network("convnext_tiny", 8, "amp_bf16", size=64, training=True, more=("max_autotune",), **several)
-    yield _network("convnext_tiny", 8, "fp32", size=64, pytorch=("timm", "compile"), more=tuple(OTHERS)[2:], seconds=0.2)
+    compiled = {"first": (OURS,), "pytorch": ("timm", "compile"), "seconds": 0.2}
+    yield _network("convnext_tiny", 8, "fp32", size=64, more=("resnet50",), **compiled)
     for model in ("convnext_small", "convnext_base", "convnext_large", "convnextv2_tiny"):
         yield _network(model, 1, "fp32", size=64, **several)
     yield _network("convnextv2_tiny", 2, "fp32", size=64, training=True, **several)
@@ -174,6 +178,4 @@ def _network(
     more: tuple[str, ...] = (),
     **options,
 ) -> Contest:
-    if "pytorch" in options or pytorch[0] == "timm" or "compile" not in pytorch:
-        first = (OURS,)
     return networks.contest(NetworkCase(model, size, n, dtype, training), (*first, *pytorch, *more), **options)

@@ -1,0 +1,295 @@
+"""``python -m benchmarks.device_check --out DIR --minutes 8``: is it right, and how fast, on this machine's GPU?
+
+::
+
+    python -m benchmarks.device_check --out DIR [--minutes 8] [--commit ID] [--device cuda] [--quick] [--only SUITE ...]
+
+From the source tree, nothing has to be installed but what the package itself needs, and pytest for the tests.
+
+1. The GPU tests. Ours gets no speed for an operator whose tests fail.
+2. The benchmarks, in order of importance, each row written as soon as it is there: a stop at any moment leaves what was
+   measured, and the same command goes on from there. A provider that raises, hangs or crashes costs its own row.
+3. A short table.
+
+DIR then holds the results (``<gpu>-<date>-<commit>.json``, see :mod:`benchmarks.results`), ``tests.log``,
+``providers.log`` and ``table.txt``. The exit code is 0 where all that ran is right, 1 where a test failed or ours has no
+number, and 2 where nothing could be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks import suites
+from benchmarks.contest import Contest
+from benchmarks.machine import ROOT, Machine
+from benchmarks.operators import OPERATORS
+from benchmarks.results import OURS, Results, Row, by_contest, file_name
+from benchmarks.runner import OutOfTime, Runner, ceilings_of
+from benchmarks.suites import Visit
+
+TESTS_SHARE = 0.45  # of the time, at most, is for tests
+GPU_TESTS = ROOT / "tests" / "gpu"
+TABLE_ROWS = 40
+_OUTCOME = re.compile(r"^(?:\S*/)?test_(\w+?)_gpu\.py::(.*) (PASSED|FAILED|ERROR)\b")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the check; 0, 1 or 2, see above."""
+    arguments = _arguments(argv)
+    start = time.monotonic()
+    try:
+        machine = Machine(arguments.device)
+        results = _results(arguments, machine)
+    except (RuntimeError, ValueError) as error:
+        print(f"device_check: {error}", file=sys.stderr)
+        return 2
+    say = _Progress(start)
+    say(", ".join(f"{name} {value}" for name, value in results.meta.items() if value is not None))
+    contests = suites.plan(machine.is_cuda, arguments.quick)
+    if arguments.only:
+        contests = [contest for contest in contests if contest.suite in ("ceilings", *arguments.only)]
+    deadline = start + 60 * arguments.minutes
+    seconds = TESTS_SHARE * 60 * arguments.minutes
+    run_tests(results, machine.is_cuda, arguments.out / "tests.log", seconds, say, arguments.retry)
+    build = functools.partial(suites.plan, machine.is_cuda, arguments.quick)
+    with Runner(build, str(machine.device), arguments.out / "providers.log", deadline) as runner:
+        run_benchmarks(results, suites.visits(contests), runner, say, retry=arguments.retry)
+    text = table(results)
+    (arguments.out / "table.txt").write_text(text + "\n")
+    print(text, flush=True)
+    return 0 if is_right(results) else 1
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results; goes on with what is there")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together [%(default)s]")
+    parser.add_argument("--commit", help="id of the source tree, where git is not there to say it")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., or cpu, on small sizes [%(default)s]")
+    parser.add_argument("--quick", action="store_true", help="fewer contests")
+    names = sorted({contest.suite for cuda in (True, False) for contest in suites.plan(cuda)})
+    parser.add_argument("--only", nargs="+", choices=names, metavar="SUITE", help=f"of {', '.join(names)}")
+    parser.add_argument("--retry", action="store_true", help="measure again what failed the last time")
+    arguments = parser.parse_args(argv)
+    if not arguments.minutes > 0:
+        parser.error(f"argument --minutes: {arguments.minutes} is not more than 0")
+    return arguments
+
+
+def _results(arguments: argparse.Namespace, machine: Machine) -> Results:
+    """A new results file, or the one that is there, if it is of this machine and commit."""
+    meta = machine.meta(arguments.commit, arguments.quick)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    there = sorted(arguments.out.glob("*.json"))
+    if len(there) > 1:
+        raise ValueError(f"--out {arguments.out} holds several results files; one at most is allowed")
+    if not there:
+        return Results(meta, arguments.out / file_name(meta))
+    results = Results.read(there[0])
+    results.refuse_mixing(meta)
+    return results
+
+
+class _Progress:
+    """Lines with the time since the start."""
+
+    def __init__(self, start: float):
+        self._start = start
+
+    def __call__(self, line: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
+        print(f"[{minutes:2}:{seconds:02}] {line}", flush=True)
+
+
+# --- tests
+
+
+def run_tests(
+    results: Results,
+    cuda: bool,
+    log: Path,
+    seconds: float,
+    say: Callable[[str], object],
+    retry: bool = False,
+    folder: Path = GPU_TESTS,
+) -> None:
+    """The GPU tests, into ``results.tests``: "passed: 120" or why not, for each operator and for "all".
+
+    A file ``test_<operator>_gpu.py`` is about that operator, the other files about all.
+    """
+    if not cuda and folder == GPU_TESTS:
+        results.tests = {"all": "skipped: no GPU"}
+    elif not results.tests or retry:
+        say("tests")
+        ended = _pytest(folder, log, seconds)
+        results.tests = judge(log.read_text(errors="replace").splitlines(), ended)
+    results.write()
+    for name, result in results.tests.items():
+        say(f"tests of {name}: {result}")
+
+
+def _pytest(folder: Path, log: Path, seconds: float) -> bool:
+    """Runs the tests of a folder into a file; False where they were not through in time."""
+    command = [sys.executable, "-m", "pytest", str(folder), "-v", "-m", "gpu and not full", "-p", "no:cacheprovider"]
+    command += ["--color=no", "-o", "console_output_style=classic"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile for it
+                process.wait()
+
+
+def judge(lines: Iterable[str], ended: bool) -> dict[str, str]:
+    """What the lines of ``pytest -v`` say of each operator."""
+    passed: dict[str, int] = {}
+    failed: dict[str, list[str]] = {}
+    tail = ""
+    for line in lines:
+        tail = line.strip() or tail
+        outcome = _OUTCOME.match(line)
+        if outcome is None:
+            continue
+        name = outcome[1] if outcome[1] in OPERATORS else "all"
+        if outcome[3] == "PASSED":
+            passed[name] = passed.get(name, 0) + 1
+        else:
+            failed.setdefault(name, []).append(outcome[2])
+    found = {}
+    for name in {**passed, **failed}:
+        if name in failed:
+            found[name] = f"failed: {len(failed[name])} of {len(failed[name]) + passed.get(name, 0)}, {failed[name][0]}"
+        else:
+            found[name] = f"{'passed' if ended else 'unfinished'}: {passed[name]}"
+    return found or {"all": f"{'none ran' if ended else 'unfinished'}: {tail}"}
+
+
+def why_refused(results: Results, needs: Iterable[str]) -> str | None:
+    """Why ours may not have a speed where it stands on these operators; None where it may."""
+    for name in ("all", *needs):
+        if results.tests.get(name, "").startswith("failed"):
+            return f"refused: tests of {name} {results.tests[name]}"
+    return None
+
+
+# --- benchmarks
+
+
+def run_benchmarks(
+    results: Results,
+    visits: list[Visit],
+    runner: Runner,
+    say: Callable[[str], object],
+    retry: bool = False,
+) -> None:
+    """Every visit that is not done yet, into ``results``, until the runner's deadline."""
+    results.left = []
+    for place, visit in enumerate(visits):
+        contest, waiting = visit.contest, _waiting(results, visit, retry)
+        refused = why_refused(results, contest.needs)
+        if refused is not None:
+            results.put(*(contest.row(name, status=refused) for name in waiting if name.startswith(OURS)))
+            waiting = tuple(name for name in waiting if not name.startswith(OURS))
+        if not waiting:
+            continue
+        try:
+            for row, _ in runner.visit(contest, waiting, ceilings_of(results, contest.dtype)):
+                if not (visit.again and row.provider == OURS):  # it has its row from the first time
+                    results.put(row)
+        except OutOfTime:
+            results.left = [str(later) for later in visits[place:] if _waiting(results, later, retry)]
+            say(f"out of time; {len(results.left)} of {len(visits)} left")
+            break
+        if str(visit) not in results.done:
+            results.done.append(str(visit))
+        _tell(results, contest, waiting, say)
+    results.write()
+
+
+def _waiting(results: Results, visit: Visit, retry: bool) -> tuple[str, ...]:
+    """Who has to run of a visit's providers: nobody where it was done, and not who hung or failed the last time."""
+    rows = {provider: _row_of(results, visit.contest, provider) for provider in visit.providers}
+    failed = [provider for provider, row in rows.items() if row is not None and not row.ok]
+    if str(visit) in results.done and not (retry and failed):
+        return ()
+    return tuple(provider for provider in visit.providers if retry or provider not in failed)
+
+
+def _row_of(results: Results, contest: Contest, provider: str) -> Row | None:
+    return results.get(contest.suite, contest.case, contest.dtype, provider)
+
+
+def _tell(results: Results, contest: Contest, providers: Iterable[str], say: Callable[[str], object]) -> None:
+    rows = [row for name in providers if (row := _row_of(results, contest, name)) is not None]
+    say(f"{contest}  " + "; ".join(map(_brief, rows)))
+
+
+def _brief(row: Row) -> str:
+    if not row.ok:
+        return f"{row.provider} {row.status}"
+    said = []
+    if row.rate is not None:
+        said.append(f"{row.rate:.4g} {row.unit}")
+    elif row.median_us is not None:
+        said.append(f"{row.median_us:.4g} µs ±{50 * (row.spread or 0):.1f} %")
+    if row.fraction_of_floor is not None:
+        said.append(f"{100 * row.fraction_of_floor:.0f} % of floor")
+    if row.speedup is not None:
+        said.append(f"ours {row.speedup:.2f}× as fast")
+    if row.saved_bytes is not None:
+        said.append(f"saves {row.saved_bytes / 2**20:.1f} MiB")
+    if row.variants is not None:
+        said.append(f"{row.variants} variants")
+    return f"{row.provider} {', '.join(said)}"
+
+
+def is_right(results: Results) -> bool:
+    """Did no test fail, and does ours have every number that was asked of it?"""
+    bad = ("failed", "wrong", "crashed", "timeout", "refused")
+    ours = [row for row in results.rows if row.provider.startswith(OURS)]
+    return not any(result.startswith("failed") for result in results.tests.values()) and not any(
+        row.status.startswith(bad) for row in ours
+    )
+
+
+def table(results: Results, most: int = TABLE_ROWS) -> str:
+    """The first ``most`` contests in which ours ran, a line each, and what went wrong."""
+    lines = [f"{results.meta['gpu']}, torch {results.meta['torch']}, commit {results.meta['commit']}"]
+    lines += [f"tests of {name}: {result}" for name, result in results.tests.items()]
+    lines.append(f"{'':60} {'ours µs':>10} {'of floor':>8}  ours is so many times as fast as")
+    shown = 0
+    for contest, rows in by_contest(results.rows).items():
+        ours = next((row for row in rows if row.provider == OURS and row.ok and row.median_us is not None), None)
+        if ours is None or shown == most:
+            continue
+        shown += 1
+        floor = "" if ours.fraction_of_floor is None else f"{100 * ours.fraction_of_floor:.0f} %"
+        peers = ", ".join(f"{row.provider} {row.speedup:.2f}" for row in rows if row.speedup is not None)
+        lines.append(f"{' '.join(contest):60} {ours.median_us:10.1f} {floor:>8}  {peers}")
+    for row in results.rows:
+        if not row.ok and not row.status.startswith("skipped"):
+            lines.append(f"{' '.join(row.contest)}: {row.provider} {row.status}")
+    if results.left:
+        lines.append(f"no time for {len(results.left)} more: {'; '.join(results.left[:3])}, ...")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
