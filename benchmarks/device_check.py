@@ -12,8 +12,8 @@ From the source tree, nothing has to be installed but what the package itself ne
 3. A short table.
 
 DIR then holds the results (``<gpu>-<date>-<commit>.json``, see :mod:`benchmarks.results`), ``tests.log``,
-``providers.log`` and ``table.txt``. The exit code is 0 where all that ran is right, 1 where a test failed or ours has no
-number, and 2 where nothing could be run.
+``providers.log`` and ``table.txt``. The exit code is 0 where all that ran is right, 1 where a test failed or ours has
+no number, and 2 where nothing could be run.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ DEPTHWISE = ("depthwise_forward", "depthwise_input_gradient", "depthwise_weight_
 COMPOSITIONS = ("layer_norm_linear_forward", "layer_norm_linear_training", "block_forward", "block_training")
 NETWORKS = ("model_training", "model_inference")
 PROVIDERS = (
-    OURS, "ours_compile", "ours_graph", "eager", "channels_last", "compile", "max_autotune",
-    "timm", "timm_compile", "swin_tiny", "vit_small", "resnet50",
+    OURS, "ours_compile", "ours_graph", "ours_max_autotune", "ours_lean", "eager", "channels_last", "compile",
+    "max_autotune", "timm", "timm_compile", "swin_tiny", "vit_small", "resnet50",
 )  # fmt: skip
-# The first of these that a suite has is the one that stands for it.
+# The first of these that a suite has is the one that stands for it; networks are trained under autocast.
 DTYPES = ("bf16", "amp_bf16", "fp16", "fp32")
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))  # channels and rows of ConvNeXt-T's maps at 224×224
 _BATCH = re.compile(r"\s*\bN=(\d+)")
@@ -95,7 +95,7 @@ def blocks(rows: Iterable[Row], wanted: bool = True) -> list[Row]:
 
 
 def headline(rows: Sequence[Row], limit: int = 4) -> list[list[Row]]:
-    """The cases that stand for a suite, each with the rows of all its providers.
+    """The cases that stand for the suite of ``rows``, each with the rows of all its providers.
 
     One dtype, and the largest batch of each case: ConvNeXt-T's 7×7 convolutions where there are some, else the first
     ``limit`` cases. Which numbers came out has no say in it.
@@ -103,7 +103,8 @@ def headline(rows: Sequence[Row], limit: int = 4) -> list[list[Row]]:
     contests = by_contest(rows)
     if not contests:
         return []
-    dtype = min((dtype for _, _, dtype in contests), key=lambda name: _rank(name, DTYPES))
+    order = ("amp_bf16", *DTYPES) if rows[0].suite == "model_training" else DTYPES
+    dtype = min((dtype for _, _, dtype in contests), key=lambda name: _rank(name, order))
     largest: dict[str, list[Row]] = {}
     for (_, case, of_dtype), contest in contests.items():
         name = without_batch(case)

@@ -18,6 +18,7 @@ from benchmarks.operators import Case, block_cost
 from benchmarks.results import OURS
 from benchmarks.timing import timed
 from convnext_fast.backend_in_use import describe_backend
+from tests import torchvision_shim
 
 CLASSES = 1000
 # Networks of other families, for orientation: what a user would take instead, compiled as well.
@@ -146,6 +147,7 @@ def _expected(case: NetworkCase, state: dict[str, Tensor], images: Tensor, machi
 def _network(case: NetworkCase, provider: str, state: dict[str, Tensor]) -> tuple[nn.Module, str]:
     """The module, with the common parameters, and the backend of this package under which it runs."""
     if provider in OTHERS or provider.startswith("timm"):
+        torchvision_shim.install()  # timm imports torchvision
         try:
             import timm
         except ImportError:

@@ -166,10 +166,12 @@ def _draw_speedup(figure, results: Results) -> None:
     figure.set_size_inches(max(7, 4.8 * columns), 1.0 + sum(0.19 * count + 0.8 for count in lines))
     everything = [value for panel in panels for case in panel.cases for row in case for value in _interval(row)]
     axes = figure.subplots(len(grid), columns, squeeze=False, height_ratios=[count + 4 for count in lines])
-    for place, panel in zip(axes.flat, panels, strict=False):
+    low, high = min(0.9, *everything), max(1.2, *everything)
+    for at, (place, panel) in enumerate(zip(axes.flat, panels, strict=False)):
         _bars(place, panel)
+        place.set_ylim(lines[at // columns] - 0.6, -0.8)  # bars of one row of panels are equally thick
         place.set_xscale("log", base=2)
-        place.set_xlim(min(0.9, 0.9 * min(everything)), max(1.5, 1.6 * max(everything)))
+        place.set_xlim(0.9 * low, 1.1 * high * (high / low) ** 0.2)  # room for the number beside the longest
         place.xaxis.set_major_locator(LogLocator(base=2))
         place.xaxis.set_minor_locator(NullLocator())
         place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -178,16 +180,24 @@ def _draw_speedup(figure, results: Results) -> None:
     figure.suptitle(f"Time of others / time of ours: right of the line, ours is faster\n{machine(results)}")
 
 
+def _head(axes, text: str, y: float) -> None:
+    """The name of a case above its bars; the line at 1 does not run through it."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.annotate(
+        text, (0.005, y), xycoords=("axes fraction", "data"), va="center", weight="bold", fontsize=8, bbox=box, zorder=3
+    )
+
+
 def _interval(row: Row) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile; the median is what all three are where quartiles are not known."""
-    low, high = row.speedup_quartiles or (row.speedup, row.speedup)
+    low, high = (row.speedup if end is None else end for end in row.speedup_quartiles or (None, None))
     return min(low, row.speedup), row.speedup, max(high, row.speedup)
 
 
 def _bars(axes, panel: Panel) -> None:
     y, ticks, names = 0.0, [], []
     for case in panel.cases:
-        axes.annotate(case[0].case, (0, y), xycoords=("axes fraction", "data"), va="center", weight="bold", fontsize=8)
+        _head(axes, case[0].case, y)
         for row in case:
             y += 1
             low, middle, high = _interval(row)
@@ -201,7 +211,6 @@ def _bars(axes, panel: Panel) -> None:
         y += 1.4
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(ticks, names)
-    axes.set_ylim(y - 0.6, -0.8)
     axes.set_title(f"{title(panel.suite)}, {panel.cases[0][0].dtype}", fontsize=10)
     _clean(axes)
     axes.grid(visible=False, axis="y")
@@ -209,17 +218,24 @@ def _bars(axes, panel: Panel) -> None:
 
 def _draw_roofline(figure, results: Results) -> None:
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure.set_size_inches(10, 6)
+    figure.set_size_inches(11, 6)
     axes, found = figure.subplots(), points(results)
     suites = list(dict.fromkeys(point.row.suite for point in found))
     marker = {suite: MARKERS[at % len(MARKERS)] for at, suite in enumerate(suites)}
-    for point in found:
-        style = {"facecolors": _colour(point.row.provider)} if point.row.provider == OURS else {"facecolors": "none"}
+    for point in sorted(found, key=lambda point: point.row.provider == OURS):  # ours on top
         colour = _colour(point.row.provider)
-        axes.scatter(point.intensity, point.rate, s=36, marker=marker[point.row.suite], edgecolors=colour, **style)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs / byte that has to be moved", ylabel="TFLOP/s")
+        fill = colour if point.row.provider == OURS else "none"
+        style = {"s": 36, "marker": marker[point.row.suite], "edgecolors": colour, "facecolors": fill}
+        axes.scatter(point.intensity * _aside(point, found), point.rate, **style)
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
+    axes.set_xlabel("FLOPs / byte that has to be moved (suites of nearly the same are drawn side by side)")
     _draw_ceilings(axes, found, *limits(results))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     handles = [
         Line2D([], [], color=_colour(name), marker="s", linestyle="", label=name)
         for name in providers(point.row for point in found)
@@ -229,8 +245,15 @@ def _draw_roofline(figure, results: Results) -> None:
         style = {"color": "none", "markeredgecolor": "black", "marker": marker[suite], "linestyle": ""}
         handles.append(Line2D([], [], label=f"{title(suite)}, {dtype}", **style))
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-    figure.suptitle(f"Work done and what this machine can do (filled: ours)\n{machine(results)}")
+    axes.set_title(f"Work done and what this machine can do (filled: ours)\n{machine(results)}")
     _clean(axes)
+
+
+def _aside(point: Point, found: list[Point]) -> float:
+    """By what factor a marker is moved, so that suites with the same intensity do not cover each other."""
+    same = [other.row.suite for other in found if abs(other.intensity / point.intensity - 1) < 0.05]
+    suites = list(dict.fromkeys(same))
+    return 1.08 ** (suites.index(point.row.suite) - (len(suites) - 1) / 2)
 
 
 def _draw_ceilings(axes, found: list[Point], bandwidths, rates) -> None:
@@ -259,13 +282,7 @@ def _draw_memory(figure, results: Results) -> None:
     cases = kept(results)
     axes, y, ticks, names = figure.subplots(), 0.0, [], []
     for case in cases:
-        axes.annotate(
-            f"{case[0].case}, {case[0].dtype}",
-            (0.005, y),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            weight="bold",
-        )
+        _head(axes, f"{case[0].case}, {case[0].dtype}", y)
         for row in case:
             y += 1
             axes.barh(y, row.saved_bytes / MIB, height=0.8, color=_colour(row.provider))

@@ -89,10 +89,12 @@ def _open_block_memory(case: Case, machine: Machine) -> Prepare:
     return prepare
 
 
-def memory_of_network(model: str, size: int, n: int, dtype: str) -> Contest:
+def memory_of_network(
+    model: str, size: int, n: int, dtype: str, providers: tuple[str, ...] = (OURS, "channels_last", "compile")
+) -> Contest:
     """Peak of a training step of a network, optimizer left out, over what its parameters take."""
     return Contest(
-        "memory", f"{model} {size} N={n}", dtype, (OURS, "channels_last", "compile"),
+        "memory", f"{model} {size} N={n}", dtype, providers,
         functools.partial(_open_network_memory, model, size, n, dtype), limit=120.0,
     )  # fmt: skip
 
@@ -232,9 +234,7 @@ def host_samples(
 COLD_PROVIDERS = (OURS, "channels_last", "compile")
 
 
-def cold_start(
-    model: str, size: int, n: int, providers: tuple[str, ...] = (OURS, "channels_last", "compile")
-) -> Contest:
+def cold_start(model: str, size: int, n: int, providers: tuple[str, ...] = COLD_PROVIDERS) -> Contest:
     """Seconds of the first training step of a fresh process whose caches of compiled code are empty."""
     return Contest(
         "cold_start", f"{model} {size} N={n}", "amp_bf16", providers,
@@ -268,12 +268,15 @@ def _open_cold_start(model: str, size: int, n: int, machine: Machine) -> Prepare
 # --- compiled variants
 
 
-def variants(operator_pass: str, sizes: int = 200) -> Contest:
+VARIANTS_CHANNELS = 80  # which no other contest has: what those compiled would not be compiled again
+
+
+def variants(training: bool, sizes: int = 200) -> Contest:
     """How often anything is compiled over many random N, H and W, and how long all of them take, once each."""
+    case = f"depthwise {'training' if training else 'forward'} C={VARIANTS_CHANNELS} 7×7, {sizes} random sizes"
     return Contest(
-        "variants", f"{operator_pass} C=96 7×7, {sizes} random sizes", "bf16", (OURS, "compile"),
-        functools.partial(_open_variants, operator_pass, sizes), limit=240.0,
-    )  # fmt: skip
+        "variants", case, "bf16", (OURS, "compile"), functools.partial(_open_variants, training, sizes), limit=240.0
+    )
 
 
 def compiled_kernels() -> dict[str, int]:
@@ -295,34 +298,46 @@ def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int, int]]:
     return list(found)
 
 
-def _open_variants(operator_pass: str, sizes: int, machine: Machine) -> Prepare:
-    contest, depthwise, training = variants(operator_pass, sizes), OPERATORS["depthwise"], "training" in operator_pass
+def _open_variants(training: bool, sizes: int, machine: Machine) -> Prepare:
+    contest, depthwise = variants(training, sizes), OPERATORS["depthwise"]
+    case = Case(1, VARIANTS_CHANNELS, 7, 7, kernel=(7, 7))
+
+    def call(function: Callable[..., Tensor], n: int, h: int, w: int) -> None:
+        inputs = depthwise.inputs(case._replace(n=n, h=h, w=w), machine.device)
+        dy = inputs.pop("dy")
+        leaves = [value.requires_grad_(training) for value in inputs.values()]
+        y = function(**inputs)
+        if training:
+            torch.autograd.grad(y, leaves, dy)
 
     def prepare(provider: str) -> Row:
-        case = Case(1, 96, 7, 7, kernel=(7, 7))
-        if provider == OURS:
-            function, count = depthwise.providers[OURS](case), lambda: sum(compiled_kernels().values())
-            inputs = depthwise.inputs(case, machine.device)
-            inputs.pop("dy")
-            supported, reason = depthwise.supports(case, **inputs)
-            if not supported:
-                raise Unavailable(reason)
-        else:
-            torch._dynamo.reset()
-            torch._dynamo.utils.counters.clear()
-            # As users have it: the first change of a size makes it dynamic.
-            function = torch.compile(depthwise.providers["channels_last"](case))
-            count = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]  # noqa: E731
+        function, count = (_ours_and_count if provider == OURS else _compile_and_count)(case, machine)
         before, start = count(), time.perf_counter()
-        for n, h, w in random_sizes(sizes):
-            inputs = depthwise.inputs(case._replace(n=n, h=h, w=w), machine.device)
-            dy = inputs.pop("dy")
-            leaves = [value.requires_grad_(training) for value in inputs.values()]
-            y = function(**inputs)
-            if training:
-                torch.autograd.grad(y, leaves, dy)
+        # PyTorch's default: to look for the fastest convolution of each size would take longer than all else.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            for n, h, w in random_sizes(sizes):
+                call(function, n, h, w)
         machine.synchronize()
         seconds = time.perf_counter() - start
         return contest.row(provider, variants=count() - before, median_us=seconds / sizes * 1e6, method="clock")
 
     return prepare
+
+
+def _ours_and_count(case: Case, machine: Machine) -> tuple[Callable[..., Tensor], Callable[[], int]]:
+    depthwise = OPERATORS["depthwise"]
+    inputs = depthwise.inputs(case, machine.device)
+    inputs.pop("dy")
+    supported, reason = depthwise.supports(case, **inputs)
+    if not supported:
+        raise Unavailable(reason)
+    return depthwise.providers[OURS](case), lambda: sum(compiled_kernels().values())
+
+
+def _compile_and_count(case: Case, machine: Machine) -> tuple[Callable[..., Tensor], Callable[[], int]]:
+    """torch.compile as users have it, who let sizes become dynamic after the first change."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    function = torch.compile(OPERATORS["depthwise"].providers["channels_last"](case))
+    return function, lambda: counters["stats"]["unique_graphs"]

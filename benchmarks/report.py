@@ -13,8 +13,22 @@ from pathlib import Path
 
 from benchmarks import plots
 from benchmarks import results as results_module
-from benchmarks.headline import DEPTHWISE, NETWORKS, batch, blocks, by_suite, headline, is_peer, measured, of
-from benchmarks.headline import providers, stage, title, without_batch
+from benchmarks.headline import (
+    DEPTHWISE,
+    NETWORKS,
+    STAGES,
+    batch,
+    blocks,
+    by_suite,
+    headline,
+    is_peer,
+    measured,
+    of,
+    providers,
+    stage,
+    title,
+    without_batch,
+)
 from benchmarks.results import META, OURS, Results, Row
 from benchmarks.tables import MIB, NONE, number, percent, plain, suite_table, table
 
@@ -34,9 +48,10 @@ LABELS = {
     "cudnn": "cuDNN ",
     "commit": "commit ",
 }
-LEGEND = """Times are medians; the spread is the distance of
-the quartiles / the median. “eager / ours” is eager's time / the time of ours, the median over rounds in which both ran,
-with its quartiles: above 1, ours is faster. The floor is the time that the measured ceilings allow."""
+LEGEND = """\
+Times are medians; the spread is the distance of the quartiles / the median. “eager / ours” is the time of eager / the
+time of ours, the median over rounds in which both ran, with its quartiles: above 1, ours is faster. The floor is the
+time that the measured ceilings allow."""
 TAGS = {"speedup": "Speed against each peer", "roofline": "Roofline", "memory": "Memory kept for the backward pass"}
 
 
@@ -56,7 +71,7 @@ def markdown(results: Results) -> str:
     """The whole report: conditions, a table for each suite, what is missing and why."""
     meta = results.meta
     lines = [f"# Results: {plain(meta['gpu'])}, {meta['date']}, {meta['commit']}", "", meta_line(results), ""]
-    lines += [f"Made by `python -m benchmarks.report {results.path.name}`. {LEGEND}", ""]
+    lines += [f"Made by `python -m benchmarks.report {results.path.name}`.", LEGEND, ""]
     bad = [row for row in results.rows if not row.ok]
     kinds = [row.status.split(":")[0] for row in bad]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -119,10 +134,12 @@ def _headlines(results: Results) -> list[list[str]]:
         for contest in headline(suites.get(suite, []), limit=2):
             lines.append(_headline(f"{title(suite)}, {contest[0].case}", [contest], _speeds))
     memory = suites.get("memory", [])
-    for contests in (headline(blocks(memory)), headline(blocks(memory, wanted=False), limit=1)):
-        for name, field in (("Kept for the backward pass", "saved_bytes"), ("Peak of a training step", "peak_bytes")):
-            if any(measured(row, field) is not None for contest in contests for row in contest):
-                lines.append(_headline(name, contests, _sizes(field), field))
+    for contests, name, field in (
+        (headline(blocks(memory)), "Kept by a block for its backward pass", "saved_bytes"),
+        (headline(blocks(memory, wanted=False), limit=1), "Peak of a training step", "peak_bytes"),
+    ):
+        if any(measured(row, field) is not None for contest in contests for row in contest):
+            lines.append(_headline(name, contests, _sizes(field), field))
     return lines
 
 
@@ -150,11 +167,10 @@ def _several(cases: list[str]) -> str:
     """ConvNeXt-T's convolutions by their maps; other cases by their names."""
     batches = {batch(case) for case in cases}
     if all(stage(case) is not None for case in cases):
-        names = [without_batch(case).removesuffix(" 7×7") for case in cases]
-        said = "7×7 on " + ", ".join(names)
+        sizes = [STAGES[stage(case)] for case in cases]
+        said = "7×7 on " + ", ".join(f"{channels}×{rows}×{rows}" for channels, rows in sizes)
     else:
-        names = [without_batch(case) for case in cases]
-        said = "; ".join(names)
+        said = "; ".join(without_batch(case) for case in cases)
     return said + (f", N={batches.pop()}" if len(batches) == 1 and batches != {0} else "")
 
 

@@ -147,7 +147,7 @@ class Runner:
         except (EOFError, OSError) as error:
             code = self._exit_code()
             self.stop()
-            yield f"crashed: {error or f'the process ended with exit code {code}'}"
+            yield f"crashed: {str(error) or f'the process ended with exit code {code}'}"
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

@@ -67,7 +67,7 @@ def _for_gpu(quick: bool) -> Iterator[Contest]:
     yield from _maps("norm_linear", NORM_LINEAR, (OURS, "eager", "compile", "max_autotune"))
     yield _network("convnext_tiny", 1, "bf16", first=(OURS, "ours_graph"), more=("max_autotune",))
     yield _network("convnext_tiny", 32, "bf16", first=(OURS, "ours_graph"))
-    yield from (probes.variants(name) for name in ("forward", "training"))
+    yield from (probes.variants(training) for training in (False, True))
     yield probes.memory_of_network("convnext_tiny", 224, 64, "amp_bf16")
     yield from _other_networks()
     yield probes.cold_start("convnext_tiny", 224, 32)
@@ -133,9 +133,9 @@ def _for_cpu(quick: bool) -> Iterator[Contest]:
 def _cpu_probes(trainings: tuple[bool, ...]) -> Iterator[Contest]:
     yield from (probes.host(name, training) for name in OPERATORS for training in trainings)
     yield probes.memory_of_block(Case(2, 96, 28, 28, dtype="fp32", kernel=(7, 7)))
-    yield probes.memory_of_network("convnext_tiny", 64, 2, "amp_bf16")
+    yield probes.memory_of_network("convnext_tiny", 64, 2, "amp_bf16", (OURS, "channels_last"))
     yield probes.cold_start("convnext_tiny", 64, 2, (OURS, "channels_last"))
-    yield probes.variants("forward", 20)
+    yield probes.variants(False, 20)
 
 
 def _depthwise(
