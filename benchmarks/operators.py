@@ -22,9 +22,10 @@ from benchmarks.results import OURS
 from benchmarks.timing import timed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Further from the expected result than this, by norm, is wrong: several times the rounding of inputs, intermediate and
-# final results to the dtype, and well below what one forgotten tap or a term left out makes.
-TOLERANCE = {"bf16": 1.5e-2, "fp16": 3e-3, "fp32": 1e-4}
+# Further from the expected result than this, by norm, is wrong. A convolution is rounded once, to a fifth of this at most
+# (one tap of 31×31 that is left out makes 3e-2); of what is rounded again and again, PyTorch's own needs half of this.
+ROUNDED_ONCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}
+ROUNDED_OFTEN = {"bf16": 4e-2, "fp16": 6e-3, "fp32": 1e-4}
 LATE = ("max_autotune",)  # tunes for minutes
 
 
@@ -71,7 +72,8 @@ class Operator:
         inputs: the arguments by name; maps first, in channels_last.
         providers: by name, what makes the function of those arguments for a case.
         passes: by name of the suite.
-        ran: what ours runs on for given arguments, and why not on kernels.
+        supports: would ours run on kernels, for a case and its arguments, and why not.
+        tolerance: by dtype, how far by norm a result may be from that of PyTorch in a wider one.
         contiguous: providers that are given maps as (N, C, H, W) in memory.
     """
 
@@ -80,6 +82,7 @@ class Operator:
     providers: dict[str, Callable[[Case], Callable[..., Tensor]]]
     passes: dict[str, Pass]
     supports: Callable[..., tuple[bool, str]]
+    tolerance: dict[str, float]
     contiguous: tuple[str, ...] = ()
 
     def contest(self, suite: str, case: Case, providers: tuple[str, ...] | None = None, **options) -> Contest:
@@ -110,8 +113,9 @@ def _open(operator: Operator, timed_pass: Pass, case: Case, machine: Machine) ->
         calls = [_call(function, arguments, timed_pass) for arguments in mine]
         results = calls[0]()
         error = relative_error(results, expected)
-        if not error <= TOLERANCE[case.dtype]:
-            raise Wrong(f"{error:.2g} of the right result's norm away from it; {TOLERANCE[case.dtype]} is allowed")
+        allowed = operator.tolerance[case.dtype]
+        if not error <= allowed:
+            raise Wrong(f"{error:.2g} of the right result's norm away from it; {allowed} is allowed")
         del results
         run, method = machine.lap(calls, graph=True)
         facts = {"method": method, "error": error}
@@ -348,6 +352,7 @@ OPERATORS = {
                 "depthwise_weight_gradient": Pass(("weight", "bias"), False, _depthwise_cost(with_bias=True)),
             },
             _depthwise_supports,
+            ROUNDED_ONCE,
             contiguous=("eager",),
         ),
         Operator(
@@ -363,6 +368,7 @@ OPERATORS = {
                 ),
             },
             _norm_linear_supports,
+            ROUNDED_OFTEN,
         ),
         Operator(
             "block",
@@ -378,6 +384,7 @@ OPERATORS = {
                 "block_training": Pass(("x", *BLOCK_PARAMETERS), True, functools.partial(block_cost, training=True)),
             },
             _block_supports,
+            ROUNDED_OFTEN,
             contiguous=("eager",),
         ),
     )

@@ -22,7 +22,7 @@ def run(contest, providers=None, ceilings=None):
 
 def test_ratios_and_floors():
     ceilings = Ceilings(bytes_per_second=1e9, flops_per_second=5e8)
-    said, rows, last = run(toys.contest("ours", "slower"), ceilings=ceilings)
+    _, _, last = run(toys.contest("ours", "slower"), ceilings=ceilings)
     ours, slower = last["ours"], last["slower"]
     assert ours.speedup is None
     assert slower.speedup == pytest.approx(3.0, rel=0.2)
@@ -71,7 +71,7 @@ def test_out_of_memory_is_said_in_short(monkeypatch):
 
 def test_a_row_instead_of_an_entry_is_passed_on():
     whole = toys.contest("ours").row("ours", variants=3)
-    said, rows, _ = run(toys.contest("ours", open=lambda machine: lambda provider: whole))
+    _, rows, _ = run(toys.contest("ours", open=lambda machine: lambda provider: whole))
     assert rows == [(whole, [])]
 
 

@@ -38,7 +38,7 @@ def tensors_of(suite: str, case: Case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_depthwise(case):
-    operands, dy, y, inputs = tensors_of("depthwise_forward", case)
+    _, dy, y, inputs = tensors_of("depthwise_forward", case)
     passes = OPERATORS["depthwise"].passes
     count = 2 * products(case)
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]

@@ -75,9 +75,9 @@ def test_deadline_ends_in_the_middle_and_leaves_what_came(tmp_path):
         list(runner.visit(CONTESTS["a case"], ("ours",)))  # the process is there
         process = runner._process
         runner._deadline = time.monotonic() + 1.0
+        coming = runner.visit(CONTESTS["one hangs"], ("ours", "hangs"))
         with pytest.raises(OutOfTime):
-            for row, _ in runner.visit(CONTESTS["one hangs"], ("ours", "hangs")):
-                rows.append(row)
+            rows.extend(row for row, _ in coming)
         assert [row.provider for row in rows] == ["ours"]
         assert not process.is_alive()
 

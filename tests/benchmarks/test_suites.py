@@ -1,0 +1,151 @@
+"""The plan: what the claims of the package need is in it, once, and what is most important comes first."""
+
+import pytest
+import torch
+
+from benchmarks import suites
+from benchmarks.contest import Entry
+from benchmarks.machine import Machine
+from benchmarks.operators import DTYPES, LATE, OPERATORS, Case
+from benchmarks.results import OURS, STATUSES
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_every_contest_is_there_once(cuda, quick):
+    contests = suites.plan(cuda, quick)
+    keys = [contest.key for contest in contests]
+    assert len(set(keys)) == len(keys)
+    for contest in contests:
+        assert len(set(contest.providers)) == len(contest.providers)
+        assert contest.providers[0] == ("torch" if contest.suite == "ceilings" else OURS)
+        assert contest.costs or contest.suite in ("ceilings", "memory", "host", "cold_start", "variants")
+        assert all(cost.bytes > 0 and cost.flops >= 0 for cost in contest.costs)
+
+
+def keys(cuda, quick=False):
+    return {contest.key: contest for contest in suites.plan(cuda, quick)}
+
+
+def test_gpu_plan_has_what_is_asked_of_it():
+    found = keys(cuda=True)
+    for width in ((96, 192, 384, 768), (128, 256, 512, 1024), (192, 384, 768, 1536)):
+        for c, size in zip(width, (56, 28, 14, 7), strict=True):
+            for kernel in (3, 5, 7, 9, 11, 13, 21, 31):
+                for suite in suites.DEPTHWISE:
+                    assert (suite, f"C={c} {size}×{size} {kernel}×{kernel} N=128", "bf16") in found
+            for suite in (*suites.NORM_LINEAR, *suites.BLOCK):
+                kernel = " 7×7" if suite in suites.BLOCK else ""
+                assert (suite, f"C={c} {size}×{size}{kernel} N=128", "bf16") in found
+    for model in ("tiny", "small", "base", "large"):
+        assert any(key[:2][0] == "model_training" and key[1].startswith(f"convnext_{model} ") for key in found)
+        for n in (1, 32):
+            assert ("model_inference", f"convnext_{model} 224 N={n}", "bf16") in found
+    assert ("model_training", "convnextv2_tiny 224 N=256", "amp_bf16") in found
+    tiny = found["model_training", "convnext_tiny 224 N=256", "amp_bf16"]
+    assert {
+        OURS,
+        "eager",
+        "channels_last",
+        "compile",
+        "max_autotune",
+        "timm",
+        "swin_tiny",
+        "vit_small",
+        "resnet50",
+    } <= (set(tiny.providers))
+    sizes = {key[1].split()[1] for key in found if key[0] == "model_inference"}
+    assert len(sizes) >= 4
+    assert {"host", "memory", "cold_start", "variants", "ceilings"} <= {key[0] for key in found}
+    assert any("200 random sizes" in key[1] for key in found)
+
+
+def test_order_of_importance():
+    order = [contest.key for contest in suites.plan(cuda=True)]
+    place = {key: i for i, key in enumerate(order)}
+    seven = place["depthwise_forward", "C=96 56×56 7×7 N=128", "bf16"]
+    tiny = place["model_training", "convnext_tiny 224 N=256", "amp_bf16"]
+    thirteen = place["depthwise_forward", "C=96 56×56 13×13 N=128", "bf16"]
+    large = place["model_training", "convnext_large 224 N=64", "amp_bf16"]
+    assert order[0][0] == "ceilings"
+    assert seven < tiny < thirteen < large < place["depthwise_forward", "C=192 56×56 31×31 N=128", "bf16"]
+
+
+def test_quick_is_a_part():
+    for cuda in (False, True):
+        assert set(keys(cuda, quick=True)) < set(keys(cuda))
+
+
+def test_visits_are_all_of_the_plan_with_late_providers_last():
+    contests = suites.plan(cuda=True)
+    visits = suites.visits(contests)
+    seen = {}
+    for visit in visits:
+        seen.setdefault(visit.contest.key, []).extend(p for p in visit.providers if not (visit.again and p == OURS))
+    assert {contest.key: set(contest.providers) for contest in contests} == {key: set(p) for key, p in seen.items()}
+    assert all(len(providers) == len(set(providers)) for providers in seen.values())
+    again = [visit.again for visit in visits]
+    assert again == sorted(again)
+    assert all(visit.providers[0] == OURS for visit in visits if visit.again)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_provider_of_every_operator_is_right(operator, dtype):
+    """Each against PyTorch in a wider dtype; and a wrong one is seen."""
+    kernel = None if operator == "norm_linear" else (5, 7)
+    case = Case(2, 8, 6, 9, dtype, kernel)
+    row = OPERATORS[operator]
+    for suite in row.passes:
+        contest = row.contest(suite, case, tuple(p for p in row.providers if p not in ("compile", *LATE)))
+        prepare = contest.open(Machine("cpu"))
+        for provider in contest.providers:
+            entry = prepare(provider)
+            assert isinstance(entry, Entry)
+            assert entry.facts["error"] <= row.tolerance[dtype] / 2
+        assert "torch" == prepare(OURS).facts["ran"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_wrong_provider_has_no_speed(operator, monkeypatch):
+    row = OPERATORS[operator]
+    right = row.providers["eager"]
+
+    def almost(case):
+        # One pixel in a hundred is off by its own size.
+        def function(**operands):
+            y = right(case)(**operands)
+            return y * (1 + (torch.arange(y.numel()) % 100 == 7).reshape(y.shape).to(y.dtype))
+
+        return function
+
+    monkeypatch.setitem(row.providers, "almost", almost)
+    case = Case(2, 8, 6, 9, "bf16", None if operator == "norm_linear" else (3, 3))
+    for suite in row.passes:
+        prepare = row.contest(suite, case, (OURS, "almost")).open(Machine("cpu"))
+        with pytest.raises(Exception, match="of the right result's norm away from it; allowed"):
+            prepare("almost")
+    assert "wrong" in STATUSES
+
+
+def test_inputs_take_turns_and_fill_more_than_the_cache():
+    machine = Machine("cpu")
+    cache = machine.cache_bytes
+    assert machine.sets_of_inputs(cache) == 3
+    assert machine.sets_of_inputs(10 * cache) == 1
+    assert machine.sets_of_inputs(1) == 8  # enough on a CPU, where nothing depends on it
+
+
+def test_a_lap_makes_every_call_on_other_inputs():
+    machine, seen = Machine("cpu"), []
+    run, method = machine.lap([lambda i=i: seen.append(i) for i in range(3)], graph=True)
+    assert method == "clock"
+    seen.clear()
+    run()
+    assert seen == [0, 1, 2]
+
+
+def test_devices_that_are_not_there():
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device is 'cuda'; there is no NVIDIA GPU"):
+            Machine("cuda")
