@@ -6,7 +6,7 @@
 
 From the source tree, nothing has to be installed but what the package itself needs, and pytest for the tests.
 
-1. The GPU tests. Ours gets no speed for an operator whose tests fail.
+1. The GPU tests. Ours gets no speed for an operator whose tests fail. Meanwhile torch.compile fills its caches.
 2. The benchmarks, in order of importance, each row written as soon as it is there: a stop at any moment leaves what was
    measured, and the same command goes on from there. A provider that raises, hangs or crashes costs its own row.
 3. A short table.
@@ -36,6 +36,7 @@ from benchmarks.operators import OPERATORS
 from benchmarks.results import OURS, Results, Row, by_contest, file_name
 from benchmarks.runner import OutOfTime, Runner, ceilings_of
 from benchmarks.suites import Visit
+from benchmarks.warm import Warmer, compiled
 
 TESTS_SHARE = 0.45  # of the time, at most, is for tests
 GPU_TESTS = ROOT / "tests" / "gpu"
@@ -59,11 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.only:
         contests = [contest for contest in contests if contest.suite in ("ceilings", *arguments.only)]
     deadline = start + 60 * arguments.minutes
-    seconds = TESTS_SHARE * 60 * arguments.minutes
-    run_tests(results, machine.is_cuda, arguments.out / "tests.log", seconds, say, arguments.retry)
-    build = functools.partial(suites.plan, machine.is_cuda, arguments.quick)
-    with Runner(build, str(machine.device), arguments.out / "providers.log", deadline) as runner:
-        run_benchmarks(results, suites.visits(contests), runner, say, retry=arguments.retry)
+    visits, seconds = suites.visits(contests), TESTS_SHARE * 60 * arguments.minutes
+    build, log = functools.partial(suites.plan, machine.is_cuda, arguments.quick), arguments.out / "providers.log"
+    with Warmer(build, str(machine.device), log, compiled(visits) if machine.is_cuda else ()):
+        run_tests(results, machine.is_cuda, arguments.out / "tests.log", seconds, say, arguments.retry)
+    with Runner(build, str(machine.device), log, deadline) as runner:
+        run_benchmarks(results, visits, runner, say, retry=arguments.retry)
     text = table(results)
     (arguments.out / "table.txt").write_text(text + "\n")
     print(text, flush=True)

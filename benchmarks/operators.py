@@ -22,8 +22,8 @@ from benchmarks.results import OURS
 from benchmarks.timing import timed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Further from the expected result than this, by norm, is wrong. A convolution is rounded once, to a fifth of this at most
-# (one tap of 31×31 that is left out makes 3e-2); of what is rounded again and again, PyTorch's own needs half of this.
+# Further from the expected result than this, by norm, is wrong. A convolution is rounded once, which is a fifth of this
+# at most (and one tap of 31×31 that is left out 3e-2); PyTorch's own that is rounded again and again needs half of it.
 ROUNDED_ONCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}
 ROUNDED_OFTEN = {"bf16": 4e-2, "fp16": 6e-3, "fp32": 1e-4}
 LATE = ("max_autotune",)  # tunes for minutes
@@ -101,10 +101,9 @@ class Operator:
 
 def _open(operator: Operator, timed_pass: Pass, case: Case, machine: Machine) -> Prepare:
     one = operator.inputs(case, machine.device)
-    # Whoever computes gradients also holds its results; twice the inputs is near enough for a count of sets.
-    sets = [one]
-    for _ in range(machine.sets_of_inputs(2 * bytes_of(tuple(one.values()))) - 1):
-        sets.append(operator.inputs(case, machine.device))
+    # A pass touches about as much: forward writes a map like dy, and leaves dy alone.
+    count = machine.sets_of_inputs(bytes_of(tuple(one.values())))
+    sets = [one, *(operator.inputs(case, machine.device) for _ in range(count - 1))]
     expected = _expected(operator, timed_pass, case, one)
 
     def prepare(provider: str) -> Entry:

@@ -6,14 +6,13 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.contest import Ceilings, Contest, Turn, run
+from benchmarks.contest import Ceilings, Contest, Turn, run, warm
 from benchmarks.machine import Machine
 from benchmarks.results import Results, Row
 
@@ -39,7 +38,6 @@ def serve(connection: Connection, build: Callable[[], list[Contest]], device: st
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-    sys.stdin.close()
     try:
         machine = Machine(device)
         machine.set_up()
@@ -48,9 +46,12 @@ def serve(connection: Connection, build: Callable[[], list[Contest]], device: st
         gc.freeze()  # capturing a graph collects garbage each time; what is imported is none
         connection.send(READY)
         while (visit := connection.recv()) is not None:
-            key, providers, ceilings = visit
+            key, providers, ceilings, only_warm = visit
             print(f"--- {contests[key]}: {', '.join(providers)}", flush=True)
-            run(contests[key], machine, providers, ceilings, connection.send)
+            if only_warm:
+                warm(contests[key], machine, *providers)
+            else:
+                run(contests[key], machine, providers, ceilings, connection.send)
             connection.send(DONE)
     except (EOFError, BrokenPipeError):
         return  # whoever asked is gone
@@ -118,7 +119,13 @@ class Runner:
                 waiting.remove(provider)
                 yield contest.row(provider, status=status), []
 
-    def _messages(self, contest: Contest, providers: list[str], ceilings: Ceilings | None) -> Iterator:
+    def warm(self, contest: Contest, provider: str) -> bool:
+        """Gets a provider ready and measures nothing; False where that did not work, for whatever reason."""
+        return list(self._messages(contest, [provider], None, only_warm=True)) == [DONE]
+
+    def _messages(
+        self, contest: Contest, providers: list[str], ceilings: Ceilings | None, only_warm: bool = False
+    ) -> Iterator:
         """What the worker says; in the end DONE, or the status that providers get because it is gone."""
         limit = START_SECONDS
         try:
@@ -128,7 +135,7 @@ class Runner:
                 if isinstance(first, Broken):
                     self.stop()
                     raise RuntimeError(f"no benchmark can run: {first.reason}")
-            self._connection.send((contest.key, tuple(providers), ceilings))
+            self._connection.send((contest.key, tuple(providers), ceilings, only_warm))
             limit = contest.limit
             while True:
                 message = self._receive(limit)
@@ -173,13 +180,20 @@ class Runner:
         """Ends the worker and all that it has started; the next visit starts another."""
         if self._process is None:
             return
+        self.kill()
         self._connection.close()
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # it has no group of its own yet, or is gone
-            self._process.kill()
         self._process.join()
         self._process = self._connection = None
+
+    def kill(self) -> None:
+        """Ends the worker under whoever waits for it in another thread, and then hears that it has crashed."""
+        process = self._process
+        if process is None or process.pid is None:
+            return
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # it has no group of its own yet, or is gone
+            process.kill()
 
 
 def ceilings_of(results: Results, dtype: str) -> Ceilings | None:

@@ -214,7 +214,7 @@ def test_end_to_end(finished):
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
     assert len(files) <= 8
-    assert [name for name in files if name.endswith(".json")][0].startswith("cpu-")
+    assert next(name for name in files if name.endswith(".json")).startswith("cpu-")
     results = Results.read(next(out.glob("*.json")))
     assert results.meta["commit"] == "abc123"
     assert results.is_cpu
