@@ -27,6 +27,7 @@ tests/gpu/test_norm_linear_gpu.py::test_exact[a] PASSED                  [ 30%]
 tests/gpu/test_norm_linear_gpu.py::test_exact[b] SKIPPED (no reason)     [ 30%]
 tests/gpu/test_launches_gpu.py::test_streams PASSED                      [ 40%]
 tests/gpu/test_launches_gpu.py::test_devices ERROR                       [ 50%]
+tests/gpu/test_timing_gpu.py::test_sleep FAILED                          [ 60%]
 FAILED tests/gpu/test_depthwise_gpu.py::test_exact[fp32 7×7] - AssertionError
 """.splitlines()
 
@@ -36,6 +37,7 @@ def test_judgement_of_each_operator():
         "depthwise": "failed: 1 of 2, test_exact[fp32 7×7 PASSED by]",
         "norm_linear": "passed: 1",
         "all": "failed: 1 of 2, test_devices",
+        "timing": "failed: 1 of 1, test_sleep",
     }
 
 
@@ -53,6 +55,9 @@ def test_failed_tests_refuse_what_stands_on_them():
     assert why_refused(results, ("norm_linear", "depthwise")).startswith("refused")
     results.tests = {"all": "failed: 1 of 2, test_devices"}
     assert why_refused(results, ("norm_linear",)).startswith("refused: tests of all")
+    results.tests = {"timing": "failed: 1 of 1, test_sleep"}
+    assert why_refused(results, ("depthwise",)) is None
+    assert not device_check.is_right(results)
     results.tests = {"all": "unfinished: 12"}
     assert why_refused(results, ("depthwise",)) is None
 

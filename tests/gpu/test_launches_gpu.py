@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import dwconv_kernels as dk
+from benchmarks.probes import compiled_kernels
 from dwconv_kernels import runtime, testing
 from tests import depthwise_proofs as proofs
 from tests.cases import DTYPES, KernelCase
@@ -159,15 +160,6 @@ def test_memory():
     torch.cuda.reset_peak_memory_stats()
     step(inputs, dy)
     assert torch.cuda.max_memory_allocated() - before < 2 * size + 2**26  # partial sums of the weight's gradient
-
-
-def compiled_kernels() -> dict[str, int]:
-    """How many variants of each kernel Triton has compiled or loaded in this process."""
-    kernels = runtime.launchers("depthwise").kernels
-    functions = {name: value for name, value in vars(kernels).items() if hasattr(value, "device_caches")}
-    assert functions, "Triton keeps what it has compiled in another place"
-    # The first of the things that Triton keeps per device are the kernels, by what they were specialised for.
-    return {name: sum(len(kept[0]) for kept in f.device_caches.values()) for name, f in functions.items()}
 
 
 @only_on_gpu

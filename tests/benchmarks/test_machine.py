@@ -1,0 +1,110 @@
+"""The machine's side of timing: CUDA graphs, tried with graphs that are none; and what it says of itself."""
+
+import contextlib
+
+import pytest
+import torch
+
+from benchmarks import machine as module
+from benchmarks.machine import Machine
+from benchmarks.results import IDENTITY, META, file_name
+
+
+class Graphs:
+    """Stands for torch.cuda: a "capture" that records what was called, and a replay that counts."""
+
+    def __init__(self, monkeypatch, fails: bool = False):
+        self.replays, self.capturing, self.fails = 0, False, fails
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream")
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream):
+        assert graph is self
+        assert stream == "the stream"
+        self.capturing = True
+        yield
+        self.capturing = False
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    machine = Machine("cpu")
+    monkeypatch.setattr(machine, "is_cuda", True)
+    return machine
+
+
+def test_a_lap_is_captured_after_two_laps_to_warm_up(on_gpu, monkeypatch):
+    graphs, seen = Graphs(monkeypatch), []
+    run, method = on_gpu.lap([lambda i=i: seen.append((i, graphs.capturing)) for i in range(2)], graph=True)
+    assert method == "graph"
+    assert seen == [(0, False), (1, False)] * 2 + [(0, True), (1, True)]
+    run()
+    run()
+    assert graphs.replays == 2
+    assert len(seen) == 6
+
+
+def test_without_a_graph_calls_are_made(on_gpu, monkeypatch):
+    for graph, fails in ((False, False), (True, True)):
+        graphs, seen = Graphs(monkeypatch, fails), []
+        run, method = on_gpu.lap([lambda: seen.append(1)], graph)  # noqa: B023 - called in this round only
+        assert method == "events"
+        before = len(seen)
+        run()
+        assert len(seen) == before + 1
+        assert graphs.replays == 0
+
+
+def test_a_mistake_in_the_call_is_no_mistake_of_capturing(on_gpu, monkeypatch):
+    Graphs(monkeypatch)
+
+    def wrong():
+        raise ValueError("x has shape (1,)")
+
+    with pytest.raises(ValueError, match="x has shape"):
+        on_gpu.lap([wrong], graph=True)
+
+
+def test_facts():
+    meta = Machine("cpu").meta("abc", quick=True)
+    assert set(META) <= set(meta)
+    assert set(IDENTITY) <= set(meta)
+    assert meta["gpu"].startswith("CPU ")
+    assert meta["commit"] == "abc"
+    assert meta["quick"] is True
+    assert meta["torch"] == torch.__version__
+    assert meta["driver"] is None
+    assert file_name(meta).startswith("cpu-")
+    assert file_name(meta).endswith(f"-{meta['date']}-abc.json")
+
+
+def test_commit_says_when_the_tree_differs(monkeypatch):
+    answers = {"rev-parse": "abc12345", "status": None}
+    monkeypatch.setattr(module, "_first_line", lambda command: answers[command[1]])
+    assert Machine("cpu").meta()["commit"] == "abc12345"
+    answers["status"] = " M benchmarks/timing.py"
+    assert Machine("cpu").meta()["commit"] == "abc12345-dirty"
+    answers["rev-parse"] = None
+    assert Machine("cpu").meta()["commit"] == "unknown"
+
+
+def test_fp32_is_fp32_and_backward_can_be_repeated():
+    from torch._functorch import config
+
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, config.donated_buffer
+    try:
+        Machine("cpu").set_up()
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.benchmark
+        assert not config.donated_buffer
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, config.donated_buffer = kept
