@@ -132,7 +132,7 @@ def run_tests(
 ) -> None:
     """The GPU tests, into ``results.tests``: "passed: 120" or why not, for each operator and for "all".
 
-    A file ``test_<operator>_gpu.py`` is about that operator, ``test_timing_gpu.py`` about the benchmarks themselves, and
+    A file ``test_<operator>_gpu.py`` is about that operator, ``test_timing_gpu.py`` about the benchmarks themselves,
     the other files are about all operators.
     """
     if not cuda and folder == GPU_TESTS:

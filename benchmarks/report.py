@@ -63,8 +63,14 @@ def meta_line(results: Results) -> str:
         if value not in (None, ""):
             parts.append(f"{LABELS.get(name, '')}{plain(value)}")
     if results.meta.get("quick"):
-        parts.append("a quick run: few samples")
+        parts.append("a quick run: fewer contests")
+    parts += [f"**tests of {name} {plain(said)}**" for name, said in results.tests.items() if _is_news(results, said)]
     return " · ".join(parts)
+
+
+def _is_news(results: Results, said: str) -> bool:
+    """Tests that passed are no news; nor is it that a CPU has no GPU to test."""
+    return not said.startswith("passed") and not results.is_cpu
 
 
 def markdown(results: Results) -> str:

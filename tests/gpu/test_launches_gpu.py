@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import dwconv_kernels as dk
 from benchmarks.probes import compiled_kernels
-from dwconv_kernels import runtime, testing
+from dwconv_kernels import testing
 from tests import depthwise_proofs as proofs
 from tests.cases import DTYPES, KernelCase
 from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, only_on_gpu, skip_without_gpu
