@@ -96,6 +96,14 @@ class Contest:
     seconds: float = 1.0
     late: tuple[str, ...] = ()
 
+    def begin(self, machine: Machine) -> Prepare:
+        """:attr:`open`, with nothing compiled: after eight variants of one function torch.compile gives up.
+
+        Not later: what other providers have compiled would be forgotten, and compiled again while they are timed.
+        """
+        torch._dynamo.reset()
+        return self.open(machine)
+
     @property
     def key(self) -> tuple[str, str, str]:
         return (self.suite, self.case, self.dtype)
@@ -116,7 +124,7 @@ def run(
 ) -> None:
     """Measure ``providers`` of a contest, and ``say`` each :class:`Turn` and each row with its samples in seconds."""
     ready: dict[str, Entry] = {}
-    prepare = contest.open(machine)
+    prepare = contest.begin(machine)
     for provider in providers:
         say(Turn(provider, contest.limit))
         try:
@@ -155,7 +163,7 @@ def warm(contest: Contest, machine: Machine, provider: str) -> None:
     """Gets a provider ready and throws it away: what it compiled is then on the disk."""
     # A kernel that was the fastest beside other work need not be the fastest; that choice is not to be remembered.
     inductor_config.autotune_local_cache = False
-    contest.open(machine)(provider)
+    contest.begin(machine)(provider)
     _tidy(machine)
 
 

@@ -101,7 +101,7 @@ class Machine:
             torch.cuda.synchronize()
             return run, self.clock.method
 
-        def replay(_keep=results) -> None:
+        def replay(_keep=(calls, results)) -> None:  # the graph knows only the addresses of what they work on
             recorded.replay()
 
         return replay, "graph"

@@ -167,10 +167,8 @@ def _compiled(network: nn.Module, provider: str, machine: Machine) -> nn.Module:
     if provider == "max_autotune":
         if not machine.is_cuda:
             raise Unavailable("max-autotune chooses between kernels for GPUs")
-        torch._dynamo.reset()
         return torch.compile(network, mode="max-autotune", dynamic=False)
     if provider.endswith("compile") or provider in OTHERS:
-        torch._dynamo.reset()
         return torch.compile(network, dynamic=False)
     return network
 

@@ -168,7 +168,6 @@ def compiled(function: Callable, mode: str | None = None) -> Callable:
 
     max-autotune without its own CUDA graphs: one is made of all providers.
     """
-    torch._dynamo.reset()  # after eight sizes of one function it would no longer compile, and say so in a log only
     return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
 
 

@@ -105,7 +105,6 @@ def _open_network_memory(model: str, size: int, n: int, dtype: str, machine: Mac
     def prepare(provider: str) -> Row:
         network, images = network_and_images(model, size, n, machine)
         if provider == "compile":
-            torch._dynamo.reset()
             network = torch.compile(network, dynamic=False)
 
         def forward() -> Tensor:
@@ -336,7 +335,6 @@ def _ours_and_count(case: Case, machine: Machine) -> tuple[Callable[..., Tensor]
 
 def _compile_and_count(case: Case, machine: Machine) -> tuple[Callable[..., Tensor], Callable[[], int]]:
     """torch.compile as users have it, who let sizes become dynamic after the first change."""
-    torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     function = torch.compile(OPERATORS["depthwise"].providers["channels_last"](case))

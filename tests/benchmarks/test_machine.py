@@ -1,6 +1,8 @@
 """The machine's side of timing: CUDA graphs, tried with graphs that are none; and what it says of itself."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -50,6 +52,24 @@ def test_a_lap_is_captured_after_two_laps_to_warm_up(on_gpu, monkeypatch):
     run()
     assert graphs.replays == 2
     assert len(seen) == 6
+
+
+def test_what_a_graph_works_on_stays_as_long_as_its_replay(on_gpu, monkeypatch):
+    """It knows addresses only; what is freed there would be somebody else's."""
+    Graphs(monkeypatch)
+
+    def lap():
+        x = torch.ones(3)
+        result = torch.zeros(3)
+        return on_gpu.lap([lambda: result.copy_(x)], graph=True)[0], weakref.ref(x), weakref.ref(result)
+
+    run, x, result = lap()
+    gc.collect()
+    assert x() is not None
+    assert result() is not None
+    del run
+    gc.collect()
+    assert x() is None
 
 
 def test_without_a_graph_calls_are_made(on_gpu, monkeypatch):

@@ -105,7 +105,7 @@ def test_readme_block_hides_neither_failure_nor_fallback(tmp_path):
 def test_readme_block_of_a_cpu_says_so_first(tmp_path):
     block = readme_block(synthetic.results(tmp_path, synthetic.network(), synthetic.CPU | {"quick": True}))
     assert block.startswith("**CPU: says nothing of a GPU** · CPU Some Processor · PyTorch 2.13.0")
-    assert block.splitlines()[0].endswith("2026-01-02 · a quick run: few samples")
+    assert block.splitlines()[0].endswith("2026-01-02 · a quick run: fewer contests")
     assert "driver" not in block
     assert "memory.svg" not in block
 

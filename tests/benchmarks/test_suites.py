@@ -1,5 +1,7 @@
 """The plan: what the claims of the package need is in it, once, and what is most important comes first."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -150,3 +152,20 @@ def test_devices_that_are_not_there():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="device is 'cuda'; there is no NVIDIA GPU"):
             Machine("cuda")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_nothing_is_compiled_while_it_is_timed():
+    """Providers of one contest do not make each other forget what they have compiled."""
+    case = Case(1, 8, 6, 6, "fp32", (3, 3))
+    contest = OPERATORS["block"].contest("block_forward", case, (OURS, "compile"), seconds=0.0)
+    prepare = contest.begin(Machine("cpu"))
+    counters = torch._dynamo.utils.counters
+    entries = [prepare("compile"), prepare(OURS), prepare("compile")]
+    before = counters["stats"]["unique_graphs"]
+    assert before >= 1
+    for entry in entries:
+        entry.timed.run()
+    assert counters["stats"]["unique_graphs"] == before
+    contest.begin(Machine("cpu"))("compile").timed.run()
+    assert counters["stats"]["unique_graphs"] > before  # a new contest begins anew
