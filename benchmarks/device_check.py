@@ -217,6 +217,7 @@ def run_benchmarks(
             waiting = tuple(name for name in waiting if not name.startswith(OURS))
         if not waiting:
             continue
+        say(f"{place + 1} of {len(visits)}: {contest}, {', '.join(waiting)}")
         try:
             for row, _ in runner.visit(contest, waiting, ceilings_of(results, contest.dtype)):
                 if not (visit.again and row.provider == OURS):  # it has its row from the first time
@@ -246,7 +247,7 @@ def _row_of(results: Results, contest: Contest, provider: str) -> Row | None:
 
 def _tell(results: Results, contest: Contest, providers: Iterable[str], say: Callable[[str], object]) -> None:
     rows = [row for name in providers if (row := _row_of(results, contest, name)) is not None]
-    say(f"{contest}  " + "; ".join(map(_brief, rows)))
+    say("; ".join(map(_brief, rows)))
 
 
 def _brief(row: Row) -> str:
@@ -255,6 +256,8 @@ def _brief(row: Row) -> str:
     said = []
     if row.rate is not None:
         said.append(f"{row.rate:.4g} {row.unit}")
+    elif row.median_us is not None and row.median_us >= 1e6:
+        said.append(f"{row.median_us / 1e6:.3g} s")
     elif row.median_us is not None:
         said.append(f"{row.median_us:.4g} µs ±{50 * (row.spread or 0):.1f} %")
     if row.fraction_of_floor is not None:
