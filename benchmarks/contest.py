@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 from benchmarks.machine import Machine
@@ -24,6 +25,8 @@ from benchmarks.timing import Timed, interleave, ratios
 FIRST_SAMPLES = 3  # of a provider alone, before the rounds with the others; one where that takes long
 LONG = 0.1
 LONGEST_REASON = 300
+LATE_LIMIT = 5  # times the limit of the others, for who comes late because it takes long
+MEMORY_SHARE = 0.3  # of the GPU's memory, at most, for who only compiles while others run tests
 
 
 class Unavailable(Exception):
@@ -102,6 +105,7 @@ class Contest:
         Not later: what other providers have compiled would be forgotten, and compiled again while they are timed.
         """
         torch._dynamo.reset()
+        functorch_config.donated_buffer = True  # PyTorch's default, which :mod:`benchmarks.operators` changes for some
         return self.open(machine)
 
     @property
@@ -123,10 +127,16 @@ def run(
     say: Callable[[Turn | tuple[Row, list[float]]], object],
 ) -> None:
     """Measure ``providers`` of a contest, and ``say`` each :class:`Turn` and each row with its samples in seconds."""
+    _in_turns(contest, _alone(contest, machine, providers, ceilings, say), machine, ceilings, say)
+    _tidy(machine)  # when nothing holds on to inputs and graphs any more
+
+
+def _alone(contest: Contest, machine: Machine, providers, ceilings, say) -> dict[str, Entry]:
+    """Gets one after the other ready, and takes first samples of it."""
     ready: dict[str, Entry] = {}
     prepare = contest.begin(machine)
     for provider in providers:
-        say(Turn(provider, contest.limit))
+        say(Turn(provider, contest.limit * (LATE_LIMIT if provider in contest.late else 1)))
         try:
             entry = prepare(provider)
         except Exception as error:  # whatever a peer raises is what its row says
@@ -142,27 +152,32 @@ def run(
         while len(samples) < FIRST_SAMPLES and samples[0] * entry.timed.calls * entry.timed.repeats < LONG:
             samples.append(entry.timed.sample(machine.clock))
         say((_row(contest, provider, entry, samples, ceilings), samples))
-    if ready:
-        timed = {provider: entry.timed for provider, entry in ready.items()}
-        samples = interleave(
-            machine.clock, timed, contest.seconds, before=lambda provider: say(Turn(provider, contest.limit))
-        )
-        for provider, entry in ready.items():
-            row = _row(contest, provider, entry, samples[provider], ceilings)
-            if OURS in samples and provider != OURS:
-                found = ratios(samples, provider, OURS)
-                low, middle, high = quartiles(found)
-                row = dataclasses.replace(row, speedup=middle, speedup_quartiles=(low, high))
-            say((row, samples[provider]))
-    ready.clear()
-    del prepare
-    _tidy(machine)
+    return ready
+
+
+def _in_turns(contest: Contest, ready: dict[str, Entry], machine: Machine, ceilings, say) -> None:
+    """Rounds of all who are ready."""
+    if not ready:
+        return
+    timed = {provider: entry.timed for provider, entry in ready.items()}
+    samples = interleave(
+        machine.clock, timed, contest.seconds, before=lambda provider: say(Turn(provider, contest.limit))
+    )
+    for provider, entry in ready.items():
+        row = _row(contest, provider, entry, samples[provider], ceilings)
+        if OURS in samples and provider != OURS:
+            found = ratios(samples, provider, OURS)
+            low, middle, high = quartiles(found)
+            row = dataclasses.replace(row, speedup=middle, speedup_quartiles=(low, high))
+        say((row, samples[provider]))
 
 
 def warm(contest: Contest, machine: Machine, provider: str) -> None:
     """Gets a provider ready and throws it away: what it compiled is then on the disk."""
     # A kernel that was the fastest beside other work need not be the fastest; that choice is not to be remembered.
     inductor_config.autotune_local_cache = False
+    if machine.is_cuda:
+        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, machine.device)
     contest.begin(machine)(provider)
     _tidy(machine)
 

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from benchmarks import suites
@@ -38,11 +39,13 @@ from benchmarks.runner import OutOfTime, Runner, ceilings_of
 from benchmarks.suites import Visit
 from benchmarks.warm import Warmer, compiled
 
-TESTS_SHARE = 0.45  # of the time, at most, is for tests
+TESTS_SHARE = 0.4  # of the time, at most, is for tests
 GPU_TESTS = ROOT / "tests" / "gpu"
 TABLE_ROWS = 40
+NO_TESTS = 5  # pytest's exit code
 TIMING = "timing"  # the tests of the benchmarks' own clock: their failure is told, and refuses nobody
 _OUTCOME = re.compile(r"^(?:\S*/)?test_(\w+?)_gpu\.py::(.*) (PASSED|FAILED|ERROR)\b")
+_NOT_IMPORTED = re.compile(r"^ERROR (?:\S*/)?test_(\w+?)_gpu\.py( - .*)?$")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,11 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     deadline = start + 60 * arguments.minutes
     visits, seconds = suites.visits(contests), TESTS_SHARE * 60 * arguments.minutes
     build, log = functools.partial(suites.plan, machine.is_cuda, arguments.quick), arguments.out / "providers.log"
-    if arguments.skip_tests:
-        results.tests = {"all": "skipped: as asked"}
-    else:
-        with Warmer(build, str(machine.device), log, compiled(visits) if machine.is_cuda else ()):
-            run_tests(results, machine.is_cuda, arguments.out / "tests.log", seconds, say, arguments.retry)
+    if arguments.skip_tests or not machine.is_cuda:
+        results.tests = {"all": "skipped: as asked" if arguments.skip_tests else "skipped: no GPU"}
+    elif arguments.retry or not results.tests or results.tests.get("all", "").startswith("skipped"):
+        tests_log = arguments.out / "tests.log"
+        tests_log.unlink(missing_ok=True)
+        warmer = Warmer(build, str(machine.device), log, compiled(visits))
+        run_tests(results, tests_log, seconds, say, warmer)
     with Runner(build, str(machine.device), log, deadline) as runner:
         run_benchmarks(results, visits, runner, say, retry=arguments.retry)
     text = table(results)
@@ -123,70 +128,76 @@ class _Progress:
 
 def run_tests(
     results: Results,
-    cuda: bool,
     log: Path,
     seconds: float,
     say: Callable[[str], object],
-    retry: bool = False,
+    meanwhile: AbstractContextManager,
     folder: Path = GPU_TESTS,
 ) -> None:
     """The GPU tests, into ``results.tests``: "passed: 120" or why not, for each operator and for "all".
 
     A file ``test_<operator>_gpu.py`` is about that operator, ``test_timing_gpu.py`` about the benchmarks themselves,
-    the other files are about all operators.
+    the other files are about all operators. Tests that need the GPU for themselves come when ``meanwhile`` is over.
     """
-    if not cuda and folder == GPU_TESTS:
-        results.tests = {"all": "skipped: no GPU"}
-    elif retry or not results.tests or results.tests.get("all", "").startswith("skipped"):
-        say("tests")
-        ended = _pytest(folder, log, seconds)
-        results.tests = judge(log.read_text(errors="replace").splitlines(), ended)
+    say("tests")
+    end = time.monotonic() + seconds
+    with meanwhile:
+        codes = [_pytest(folder, "gpu and not full and not alone", log, seconds)]
+    codes.append(_pytest(folder, "gpu and not full and alone", log, end - time.monotonic()))
+    results.tests = judge(log.read_text(errors="replace").splitlines(), codes)
     results.write()
     for name, result in results.tests.items():
         say(f"tests of {name}: {result}")
 
 
-def _pytest(folder: Path, log: Path, seconds: float) -> bool:
-    """Runs the tests of a folder into a file; False where they were not through in time."""
-    command = [sys.executable, "-m", "pytest", str(folder), "-v", "-m", "gpu and not full", "-p", "no:cacheprovider"]
-    command += ["--color=no", "-o", "console_output_style=classic"]
-    with open(log, "w") as file:
+def _pytest(folder: Path, marked: str, log: Path, seconds: float) -> int | None:
+    """Runs tests of a folder, adding to a log; the exit code, or None where they were not through in time."""
+    if seconds <= 0:
+        return None
+    command = [sys.executable, "-m", "pytest", str(folder), "-v", "-m", marked, "-p", "no:cacheprovider"]
+    command += ["--color=no", "--continue-on-collection-errors", "-o", "console_output_style=classic"]
+    with open(log, "a") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            process.wait(seconds)
-            return True
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return False
+            return None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile for it
                 process.wait()
 
 
-def judge(lines: Iterable[str], ended: bool) -> dict[str, str]:
-    """What the lines of ``pytest -v`` say of each operator."""
+def judge(lines: Iterable[str], codes: Iterable[int | None]) -> dict[str, str]:
+    """What the lines of ``pytest -v`` and its exit codes (None: out of time) say of each operator."""
     passed: dict[str, int] = {}
     failed: dict[str, list[str]] = {}
-    tail = ""
     for line in lines:
-        tail = line.strip() or tail
-        outcome = _OUTCOME.match(line)
-        if outcome is None:
+        if (outcome := _OUTCOME.match(line)) is not None:
+            file, test, outcome = outcome.groups()
+        elif (outcome := _NOT_IMPORTED.match(line)) is not None:
+            file, test, outcome = outcome[1], "the file cannot be imported", "ERROR"
+        else:
             continue
-        name = outcome[1] if outcome[1] in (*OPERATORS, TIMING) else "all"
-        if outcome[3] == "PASSED":
+        name = file if file in (*OPERATORS, TIMING) else "all"
+        if outcome == "PASSED":
             passed[name] = passed.get(name, 0) + 1
         else:
-            failed.setdefault(name, []).append(outcome[2])
-    found = {}
-    for name in {**passed, **failed}:
-        if name in failed:
-            found[name] = f"failed: {len(failed[name])} of {len(failed[name]) + passed.get(name, 0)}, {failed[name][0]}"
-        else:
-            found[name] = f"{'passed' if ended else 'unfinished'}: {passed[name]}"
-    return found or {"all": f"{'none ran' if ended else 'unfinished'}: {tail}"}
+            failed.setdefault(name, []).append(test)
+    codes = list(codes)
+    found = {name: f"{'unfinished' if None in codes else 'passed'}: {count}" for name, count in passed.items()}
+    for name, tests in failed.items():
+        found[name] = f"failed: {len(tests)} of {len(tests) + passed.get(name, 0)}, {tests[0]}"
+    # 0 and 1 are told by the lines, and 5 is that a part has no tests, which the other has. Else it has crashed, or
+    # could not begin.
+    bad = [code for code in codes if code not in (None, 0, NO_TESTS) and not (code == 1 and failed)]
+    if bad and "all" not in failed:
+        found["all"] = f"failed: pytest ended with exit code {bad[0]}"
+    if not found:
+        found["all"] = "unfinished: 0" if None in codes else "failed: no test ran"
+    return found
 
 
 def why_refused(results: Results, needs: Iterable[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
 
 from benchmarks.timing import Clock, EventClock, HostClock
 
@@ -49,8 +49,6 @@ class Machine:
         # fp32 means fp32, and PyTorch's convolutions are the fastest that cuDNN finds, not what it guesses.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
-        # Backward passes are repeated over one forward pass, so compiled ones must not eat what was saved for them.
-        functorch_config.donated_buffer = False
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             # Nothing is captured on the default stream, and backward runs on the stream of its forward: one for all.
@@ -93,18 +91,30 @@ class Machine:
         self.synchronize()
         if not (self.is_cuda and graph):
             return run, self.clock.method
-        recorded = torch.cuda.CUDAGraph()
+        recorded, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(recorded, stream=torch.cuda.current_stream()):
+            with torch.cuda.graph(recorded, pool=pool, stream=torch.cuda.current_stream()):
                 results = run()
         except RuntimeError:
             torch.cuda.synchronize()
+            self._forget_capture(pool)
             return run, self.clock.method
 
         def replay(_keep=(calls, results)) -> None:  # the graph knows only the addresses of what they work on
             recorded.replay()
 
         return replay, "graph"
+
+    def _forget_capture(self, pool: tuple[int, int]) -> None:
+        """After one that failed: for PyTorch before 2.12 it would still be under way.
+
+        Its allocator would give no memory back any more, its random numbers raise (pytorch/pytorch#180395).
+        """
+        index = self.device.index
+        with contextlib.suppress(RuntimeError):  # it has ended, as it should
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(self.device))
 
     def meta(self, commit: str | None = None, quick: bool = False) -> dict:
         """What a results file says about where it comes from."""

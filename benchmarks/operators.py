@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
 import dwconv_kernels as dk
@@ -100,6 +101,8 @@ class Operator:
 
 
 def _open(operator: Operator, timed_pass: Pass, case: Case, machine: Machine) -> Prepare:
+    # Where backward is repeated over one forward pass, compiled ones must not eat what was saved for them.
+    functorch_config.donated_buffer = timed_pass.with_forward
     one = operator.inputs(case, machine.device)
     # A pass touches about as much: forward writes a map like dy, and leaves dy alone.
     count = machine.sets_of_inputs(bytes_of(tuple(one.values())))

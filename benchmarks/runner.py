@@ -114,8 +114,9 @@ class Runner:
                     status = message
             if not sent:
                 return
-            blamed = [turn.provider] if turn is not None and turn.provider in waiting else waiting.copy()
-            for provider in blamed:
+            # Whose turn it was; all of them before the first turn, nobody where that one has got its bad row already.
+            blamed = waiting.copy() if turn is None else [turn.provider]
+            for provider in filter(waiting.__contains__, blamed):
                 waiting.remove(provider)
                 yield contest.row(provider, status=status), []
 
@@ -182,7 +183,7 @@ class Runner:
             return
         self.kill()
         self._connection.close()
-        self._process.join()
+        self._process.join(10)  # one that hangs in the driver may take longer, and is nobody's any more
         self._process = self._connection = None
 
     def kill(self) -> None:

@@ -1,5 +1,6 @@
 """The device check without a GPU: its judgement on tests, its order, its limits, and how it goes on after a stop."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -33,7 +34,7 @@ FAILED tests/gpu/test_depthwise_gpu.py::test_exact[fp32 7×7] - AssertionError
 
 
 def test_judgement_of_each_operator():
-    assert judge(PYTEST, ended=True) == {
+    assert judge(PYTEST, [1, 1]) == {
         "depthwise": "failed: 1 of 2, test_exact[fp32 7×7 PASSED by]",
         "norm_linear": "passed: 1",
         "all": "failed: 1 of 2, test_devices",
@@ -42,9 +43,23 @@ def test_judgement_of_each_operator():
 
 
 def test_judgement_of_tests_that_were_not_through():
-    assert judge(PYTEST[:2], ended=False) == {"all": "unfinished: =" + PYTEST[1].strip()[1:]}
-    assert judge([PYTEST[4]], ended=False) == {"norm_linear": "unfinished: 1"}
-    assert judge(["no tests ran in 0.1 s"], ended=True) == {"all": "none ran: no tests ran in 0.1 s"}
+    assert judge([PYTEST[4]], [0, None]) == {"norm_linear": "unfinished: 1"}
+    assert judge(PYTEST[2:4], [None, None]) == {"depthwise": "failed: 1 of 2, test_exact[fp32 7×7 PASSED by]"}
+    assert judge([], [None, None]) == {"all": "unfinished: 0"}
+
+
+def test_judgement_of_tests_that_crashed_or_did_not_begin():
+    """What no line tells: a segmentation fault after tests that passed, a file that cannot be imported, none at all."""
+    assert judge([PYTEST[4]], [-11, 0]) == {
+        "norm_linear": "passed: 1",
+        "all": "failed: pytest ended with exit code -11",
+    }
+    assert judge(["ERROR collecting tests/gpu/test_depthwise_gpu.py"], [2, 5]) == {
+        "all": "failed: pytest ended with exit code 2"
+    }
+    assert judge(["no tests ran in 0.1 s"], [5, 5]) == {"all": "failed: no test ran"}
+    assert judge([PYTEST[4]], [0, 5]) == {"norm_linear": "passed: 1"}
+    assert judge([PYTEST[4]], [1, 0]) == {"norm_linear": "passed: 1", "all": "failed: pytest ended with exit code 1"}
 
 
 def test_failed_tests_refuse_what_stands_on_them():
@@ -68,26 +83,44 @@ def write_tests(folder, body):
     return folder
 
 
+ALONE = "@pytest.mark.alone\n"
+
+
 def test_tests_are_run_and_judged(tmp_path):
-    folder = write_tests(tmp_path / "gpu", "def test_good(): pass\ndef test_bad(): assert False\n")
+    """Those that need the GPU for themselves when nobody is there any more."""
+    seen = tmp_path / "seen"
+    note = f"open({str(seen)!r}, 'a').write('%s\\n')"
+    body = f"def test_good(): {note % 'good'}\n{ALONE}def test_bad(): {note % 'alone'}; assert False\n"
+    folder = write_tests(tmp_path / "gpu", body)
     results, said = Results(META, tmp_path / "r.json"), []
-    run_tests(results, True, tmp_path / "log", 60, said.append, folder=folder)
+
+    @contextlib.contextmanager
+    def meanwhile():
+        seen.write_text("begin\n")
+        yield
+        with seen.open("a") as file:
+            file.write("end\n")
+
+    run_tests(results, tmp_path / "log", 60, said.append, meanwhile(), folder)
     assert results.tests == {"depthwise": "failed: 1 of 2, test_bad"}
     assert said == ["tests", "tests of depthwise: failed: 1 of 2, test_bad"]
     assert Results.read(tmp_path / "r.json").tests == results.tests
-    # Not again when the check goes on, but again when it is told to.
-    write_tests(tmp_path / "later", "def test_good(): pass\n")
-    run_tests(results, True, tmp_path / "log", 60, said.append, folder=tmp_path / "later")
-    assert results.tests["depthwise"].startswith("failed")
-    run_tests(results, True, tmp_path / "log", 60, said.append, retry=True, folder=tmp_path / "later")
-    assert results.tests == {"depthwise": "passed: 1"}
+    assert seen.read_text().split() == ["begin", "good", "end", "alone"]
+
+
+def test_tests_that_cannot_be_imported_are_a_failure(tmp_path):
+    folder = write_tests(tmp_path / "gpu", "import a_module_that_is_not_there\n")
+    results = Results(META)
+    run_tests(results, tmp_path / "log", 60, lambda line: None, contextlib.nullcontext(), folder)
+    assert results.tests == {"depthwise": "failed: 2 of 2, the file cannot be imported"}
+    assert why_refused(results, ("depthwise",))
 
 
 def test_tests_have_a_limit(tmp_path):
     folder = write_tests(tmp_path / "gpu", "def test_good(): pass\ndef test_hangs(): time.sleep(1000)\n")
     results = Results(META)
     start = time.monotonic()
-    run_tests(results, True, tmp_path / "log", 6, lambda line: None, folder=folder)
+    run_tests(results, tmp_path / "log", 6, lambda line: None, contextlib.nullcontext(), folder)
     assert time.monotonic() - start < 30
     assert results.tests == {"depthwise": "unfinished: 1"}
 

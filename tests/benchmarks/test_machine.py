@@ -21,10 +21,14 @@ class Graphs:
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream")
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        self.forgotten = []
+        monkeypatch.setattr(Machine, "_forget_capture", lambda machine, pool: self.forgotten.append(pool))
 
     @contextlib.contextmanager
-    def capture(self, graph, stream):
+    def capture(self, graph, pool, stream):
         assert graph is self
+        assert pool == (0, 1)
         assert stream == "the stream"
         self.capturing = True
         yield
@@ -81,6 +85,7 @@ def test_without_a_graph_calls_are_made(on_gpu, monkeypatch):
         run()
         assert len(seen) == before + 1
         assert graphs.replays == 0
+        assert graphs.forgotten == ([(0, 1)] if fails else [])
 
 
 def test_a_mistake_in_the_call_is_no_mistake_of_capturing(on_gpu, monkeypatch):
@@ -116,15 +121,12 @@ def test_commit_says_when_the_tree_differs(monkeypatch):
     assert Machine("cpu").meta()["commit"] == "unknown"
 
 
-def test_fp32_is_fp32_and_backward_can_be_repeated():
-    from torch._functorch import config
-
-    kept = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, config.donated_buffer
+def test_fp32_is_fp32():
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     try:
         Machine("cpu").set_up()
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.cudnn.benchmark
-        assert not config.donated_buffer
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, config.donated_buffer = kept
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = kept

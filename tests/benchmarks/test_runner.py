@@ -49,6 +49,14 @@ def test_one_dies(runner):
     assert last["slower"].ok
 
 
+def test_one_leaves_a_broken_device(runner):
+    """It has its row, and the others go on in a new process; nobody else is blamed."""
+    last, _ = visit(runner, "one breaks the device")
+    assert last["breaks_the_device"].status == "failed: BreaksTheDevice: an illegal memory access was encountered"
+    assert last["ours"].ok
+    assert last["slower"].speedup == pytest.approx(3.0, rel=0.25)
+
+
 def test_one_hangs_in_the_rounds(runner):
     last, _ = visit(runner, "one hangs later")
     assert last["hangs_later"].status.startswith("timeout")

@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
+from torch._functorch import config
 
 from benchmarks import suites
 from benchmarks.contest import Entry
 from benchmarks.machine import Machine
 from benchmarks.operators import DTYPES, LATE, OPERATORS, Case
 from benchmarks.results import OURS, STATUSES
+from tests.benchmarks import toys
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -129,6 +131,17 @@ def test_a_wrong_provider_has_no_speed(operator, monkeypatch):
         with pytest.raises(Exception, match=r"of the right result's norm away from it; .* is allowed"):
             prepare("almost")
     assert "wrong" in STATUSES
+
+
+@pytest.mark.parametrize(("suite", "repeated"), [("depthwise_input_gradient", True), ("block_training", False)])
+def test_saved_tensors_are_kept_only_where_backward_is_repeated(suite, repeated):
+    """Compiled code otherwise reuses their memory, as it does for users."""
+    row = next(row for row in OPERATORS.values() if suite in row.passes)
+    config.donated_buffer = not repeated
+    row.contest(suite, Case(1, 4, 4, 4, "fp32", (3, 3))).begin(Machine("cpu"))
+    assert config.donated_buffer is not repeated
+    toys.contest("ours").begin(Machine("cpu"))
+    assert config.donated_buffer
 
 
 def test_inputs_take_turns_and_fill_more_than_the_cache():

@@ -4,6 +4,7 @@ import functools
 import os
 import time
 
+from benchmarks import contest as contest_module
 from benchmarks.contest import Contest, Cost, Entry, Unavailable, Wrong
 from benchmarks.timing import HostClock, timed
 
@@ -21,6 +22,8 @@ def prepare(provider: str) -> Entry:
         time.sleep(1000)
     if provider == "dies":
         os._exit(7)
+    if provider == "breaks_the_device":
+        raise BreaksTheDevice("an illegal memory access was encountered")
     if provider == "hangs_later":
         return Entry(timed(HostClock(), functools.partial(_third_time_hangs, [])), {})
     seconds = MILLISECONDS[provider] / 1e3
@@ -30,6 +33,18 @@ def prepare(provider: str) -> Entry:
 def _third_time_hangs(calls: list) -> None:
     calls.append(1)
     time.sleep(0.01 if len(calls) < 4 else 1000)
+
+
+class BreaksTheDevice(RuntimeError):
+    """After it, nothing works in this process: as after a wrong address on a GPU."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        contest_module._tidy = _broken
+
+
+def _broken(machine):
+    raise RuntimeError("an illegal memory access was encountered, before")
 
 
 def contest(*providers: str, case: str = "a case", **options) -> Contest:
@@ -54,6 +69,7 @@ def contests() -> list[Contest]:
         contest("ours", "hangs", "slower", case="one hangs"),
         contest("ours", "dies", "slower", case="one dies"),
         contest("ours", "hangs_later", case="one hangs later"),
+        contest("ours", "breaks_the_device", "slower", case="one breaks the device"),
         contest("ours", "slower", "slowest", case="one is late", late=("slowest",)),
         contest("ours", "slower", case="no inputs", open=_no_inputs),
     ]

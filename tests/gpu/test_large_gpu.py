@@ -14,7 +14,7 @@ from dwconv_kernels import testing
 from tests.cases import KernelCase
 from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, skip_without_gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 skip_without_gpu()
 
 # One map whose rows are beyond 2^31, and many whose images are. Neither width is a multiple of a strip's.
