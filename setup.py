@@ -31,7 +31,17 @@ setup(
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,
-        "test": [*TRAIN, *PEERS, *TRITON, "mlxtend", "onnx", "onnxruntime", "onnxscript", "pytest>=8"],
+        "test": [
+            *TRAIN,
+            *PEERS,
+            *TRITON,
+            "mlxtend",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+        ],
         "bench": [*PEERS, *TRITON, "matplotlib>=3.6", "pytest>=8", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["convnext-fast = convnext_fast.cli:main"]},

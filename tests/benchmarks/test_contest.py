@@ -34,6 +34,19 @@ def test_ratios_and_floors():
     assert (ours.bytes, ours.flops) == (10**6, 10**6)
 
 
+def test_numbers_of_a_row():
+    """Median and spread of known samples: quartiles 2, 3 and 5 µs."""
+    contest = toys.contest("ours")
+    entry = Entry(Timed(lambda: None), {"method": "clock"})
+    row = contests._row(contest, "ours", entry, [1e-6, 2e-6, 3e-6, 5e-6, 9e-6], Ceilings(1e12, 1e12))
+    assert row.median_us == pytest.approx(3.0)
+    assert row.spread == pytest.approx(1.0)  # (5 - 2) / 3
+    assert row.samples == 5
+    assert row.floor_us == pytest.approx(1.0)
+    assert row.fraction_of_floor == pytest.approx(1 / 3)
+    assert row.method == "clock"
+
+
 def test_rows_come_before_the_rounds_and_again_after_them():
     said, rows, _ = run(toys.contest("ours", "slower"))
     assert [row.provider for row, _ in rows] == ["ours", "slower", "ours", "slower"]

@@ -151,6 +151,15 @@ def row(results, case, provider):
 def test_ours_has_no_speed_where_its_tests_fail(tmp_path):
     results = Results(META, tmp_path / "r.json")
     results.tests = {"depthwise": "failed: 1 of 2, test_exact"}
+    contest = CONTESTS["a case"]
+    with Runner(toys.contests, "cpu") as runner:
+        asked, visit = [], runner.visit
+        runner.visit = lambda contest, providers, ceilings: (
+            asked.append(providers) or visit(contest, providers, ceilings)
+        )
+        run_benchmarks(results, suites.visits([contest]), runner, lambda line: None)
+    assert asked == [("slower", "raises", "missing", "wrong")]
+    assert row(results, "a case", "ours").status.startswith("refused")
     run(results, [CONTESTS["one is late"]])
     assert row(results, "one is late", "ours").status == "refused: tests of depthwise failed: 1 of 2, test_exact"
     assert row(results, "one is late", "ours").median_us is None
@@ -162,7 +171,10 @@ def test_ours_has_no_speed_where_its_tests_fail(tmp_path):
 
 def test_late_providers_come_last_and_leave_our_row_alone(tmp_path):
     results = Results(META, tmp_path / "r.json")
+    put, ours_rows = results.put, []
+    results.put = lambda *rows: ours_rows.extend(r for r in rows if r.provider == "ours") or put(*rows)
     said = run(results, [CONTESTS["one is late"], CONTESTS["a case"]])
+    assert [found.case for found in ours_rows] == ["one is late"] * 2 + ["a case"] * 2  # first samples, rounds
     assert contests_of(said) == ["one is late", "a case", "one is late"]
     assert said[0] == "1 of 3: depthwise_forward: one is late fp32, ours, slower"
     assert said[1].startswith("ours 2")
@@ -196,6 +208,18 @@ def test_goes_on_where_the_time_was_over(tmp_path):
     assert contests_of(said) == ["one hangs", "one is late", "one is late"]
     assert stopped.left == Results.read(path).left == []
     assert row(stopped, "one hangs", "slower").speedup == pytest.approx(3.0, rel=0.25)
+
+
+def test_who_was_interrupted_is_measured_again(tmp_path):
+    """All have rows, of their first samples: the rounds were not through."""
+    results = Results(META, tmp_path / "r.json")
+    contest = CONTESTS["one is late"]
+    results.put(*(contest.row(name, median_us=1.0, spread=0.1, samples=3) for name in ("ours", "slower")))
+    visits = suites.visits([contest])[:1]
+    with Runner(toys.contests, "cpu") as runner:
+        run_benchmarks(results, visits, runner, lambda line: None)
+    assert row(results, contest.case, "slower").speedup == pytest.approx(3.0, rel=0.25)
+    assert results.done == [str(visits[0])]
 
 
 def test_who_hung_is_not_waited_for_again_unless_asked_to(tmp_path):

@@ -144,6 +144,43 @@ def test_saved_tensors_are_kept_only_where_backward_is_repeated(suite, repeated)
     assert config.donated_buffer
 
 
+def test_every_call_of_a_lap_has_inputs_of_its_own_in_the_right_layout(monkeypatch):
+    row, seen = OPERATORS["depthwise"], []
+    right = row.providers["eager"]
+
+    def spy(case):
+        def function(x, weight, bias):
+            seen.append((x.data_ptr(), x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)))
+            return right(case)(x, weight, bias)
+
+        return function
+
+    case = Case(2, 8, 6, 9, "fp32", (3, 3))
+    machine = Machine("cpu")
+    for provider in ("eager", "channels_last", OURS):
+        monkeypatch.setitem(row.providers, provider, spy)
+        entry = row.contest("depthwise_forward", case, (provider,)).begin(machine)(provider)
+        assert entry.timed.calls == 8
+        seen.clear()
+        entry.timed.run()
+        assert len({address for address, _, _ in seen}) == len(seen) == 8
+        assert {found[1:] for found in seen} == {(provider == "eager", provider != "eager")}
+        monkeypatch.setitem(row.providers, "eager", right)
+
+
+def test_blocks_and_norms_stand_on_what_they_are_made_of():
+    needs = {
+        name: row.contest(suite, Case(1, 8, 7, 7, kernel=(3, 3))).needs
+        for name, row in OPERATORS.items()
+        for suite in row.passes
+    }
+    assert needs == {
+        "depthwise": ("depthwise",),
+        "norm_linear": ("norm_linear",),
+        "block": ("depthwise", "norm_linear", "block"),
+    }
+
+
 def test_inputs_take_turns_and_fill_more_than_the_cache():
     machine = Machine("cpu")
     cache = machine.cache_bytes

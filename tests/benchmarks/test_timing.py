@@ -5,9 +5,20 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.results import quartiles
-from benchmarks.timing import HostClock, ReplayClock, Timed, describe, interleave, ratios, timed
+from benchmarks.timing import (
+    ENOUGH_CLOCK_TICKS,
+    EventClock,
+    HostClock,
+    ReplayClock,
+    Timed,
+    describe,
+    interleave,
+    ratios,
+    timed,
+)
 
 
 class FakeTime:
@@ -103,6 +114,35 @@ def test_quartiles():
     assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
     with pytest.raises(ValueError, match="samples is empty"):
         quartiles([])
+
+
+def test_event_clock_is_in_seconds_and_waits_for_the_end(monkeypatch):
+    """Of events that say 8 ms; the GPU is busy before the first is recorded, and nothing is run before."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, end):
+            return 8.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"), raising=False)
+    assert EventClock().seconds(lambda: order.append("run"), 2) == pytest.approx(0.008)
+    assert order == ["synchronize", "sleep", "record", "run", "run", "record", "wait"]
+
+
+def test_samples_are_much_longer_than_what_it_takes_to_begin_one():
+    assert timed(HostClock(), lambda: None).repeats > 1000
+    assert ENOUGH_CLOCK_TICKS >= 1e-3
 
 
 def test_replay_shows_pytest_benchmark_what_was_measured():
