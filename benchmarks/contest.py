@@ -84,7 +84,7 @@ class Contest:
         costs: of the work, piece by piece; empty where nobody knows.
         needs: the operators whose tests have to pass before ours may be fast.
         limit: seconds for a provider to get ready.
-        seconds: for all rounds together.
+        seconds: for all rounds together, of which there are at least and at most ``rounds``.
         late: providers that take long to get ready, and come when all contests have had the others.
     """
 
@@ -97,6 +97,7 @@ class Contest:
     needs: tuple[str, ...] = ("depthwise",)
     limit: float = 60.0
     seconds: float = 1.0
+    rounds: tuple[int, int] = (5, 50)
     late: tuple[str, ...] = ()
 
     def begin(self, machine: Machine) -> Prepare:
@@ -161,7 +162,11 @@ def _in_turns(contest: Contest, ready: dict[str, Entry], machine: Machine, ceili
         return
     timed = {provider: entry.timed for provider, entry in ready.items()}
     samples = interleave(
-        machine.clock, timed, contest.seconds, before=lambda provider: say(Turn(provider, contest.limit))
+        machine.clock,
+        timed,
+        contest.seconds,
+        contest.rounds,
+        before=lambda provider: say(Turn(provider, contest.limit)),
     )
     for provider, entry in ready.items():
         row = _row(contest, provider, entry, samples[provider], ceilings)

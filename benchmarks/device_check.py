@@ -13,7 +13,7 @@ From the source tree, nothing has to be installed but what the package itself ne
 
 DIR then holds the results (``<gpu>-<date>-<commit>.json``, see :mod:`benchmarks.results`), ``tests.log``,
 ``providers.log`` and ``table.txt``. The exit code is 0 where all that ran is right, 1 where a test failed or ours has
-no number, and 2 where nothing could be run.
+no number, 2 where nothing could be run, and 130 where it was stopped.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from benchmarks.warm import Warmer, compiled
 TESTS_SHARE = 0.4  # of the time, at most, is for tests
 GPU_TESTS = ROOT / "tests" / "gpu"
 TABLE_ROWS = 40
+LINE = 160  # characters
+STOPPED = 130
 NO_TESTS = 5  # pytest's exit code
 TIMING = "timing"  # the tests of the benchmarks' own clock: their failure is told, and refuses nobody
 _OUTCOME = re.compile(r"^(?:\S*/)?test_(\w+?)_gpu\.py::(.*) (PASSED|FAILED|ERROR)\b")
@@ -49,9 +51,11 @@ _NOT_IMPORTED = re.compile(r"^ERROR (?:\S*/)?test_(\w+?)_gpu\.py( - .*)?$")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the check; 0, 1 or 2, see above."""
+    """Run the check; 0, 1, 2 or 130, see above."""
     arguments = _arguments(argv)
     start = time.monotonic()
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _stop)
     try:
         machine = Machine(arguments.device)
         results = _results(arguments, machine)
@@ -60,26 +64,41 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     say = _Progress(start)
     say(", ".join(f"{name} {value}" for name, value in results.meta.items() if value is not None))
-    contests = suites.plan(machine.is_cuda, arguments.quick)
-    if arguments.only:
-        contests = [contest for contest in contests if contest.suite in ("ceilings", *arguments.only)]
-    deadline = start + 60 * arguments.minutes
-    visits, seconds = suites.visits(contests), TESTS_SHARE * 60 * arguments.minutes
-    build, log = functools.partial(suites.plan, machine.is_cuda, arguments.quick), arguments.out / "providers.log"
-    proved = bool(results.tests) and all(said.startswith("passed") for said in results.tests.values())
-    if not machine.is_cuda:
-        results.tests = {"all": "skipped: no GPU"}
-    elif arguments.skip_tests:
-        results.tests = results.tests if proved else {"all": "skipped: as asked"}
-    elif arguments.retry or not results.tests or results.tests.get("all", "").startswith("skipped"):
-        warmer = Warmer(build, str(machine.device), log, compiled(visits))
-        run_tests(results, arguments.out / "tests.log", seconds, say, warmer)
-    with Runner(build, str(machine.device), log, deadline) as runner:
-        run_benchmarks(results, visits, runner, say, retry=arguments.retry)
+    stopped = False
+    try:
+        _measure(arguments, machine, results, start + 60 * arguments.minutes, say)
+    except KeyboardInterrupt:
+        stopped = True
+        say("stopped; the same command goes on from here")
     text = table(results)
     (arguments.out / "table.txt").write_text(text + "\n")
     print(text, flush=True)
-    return 0 if is_right(results) else 1
+    return STOPPED if stopped else 0 if is_right(results) else 1
+
+
+def _stop(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _measure(
+    arguments: argparse.Namespace, machine: Machine, results: Results, deadline: float, say: Callable[[str], object]
+) -> None:
+    """Tests, then benchmarks, into ``results``."""
+    contests = suites.plan(machine.is_cuda, arguments.quick)
+    if arguments.only:
+        contests = [contest for contest in contests if contest.suite in ("ceilings", *arguments.only)]
+    visits, log = suites.visits(contests), arguments.out / "providers.log"
+    build = functools.partial(suites.plan, machine.is_cuda, arguments.quick)
+    verdicts = results.tests.values()
+    if not machine.is_cuda:
+        results.tests = {"all": "skipped: no GPU"}
+    elif arguments.skip_tests:
+        results.tests = results.tests or {"all": "skipped: as asked"}
+    elif arguments.retry or not verdicts or any(said.startswith(("skipped", "unfinished")) for said in verdicts):
+        warmer = Warmer(build, str(machine.device), log, compiled(visits))
+        run_tests(results, arguments.out / "tests.log", TESTS_SHARE * 60 * arguments.minutes, say, warmer)
+    with Runner(build, str(machine.device), log, deadline) as runner:
+        run_benchmarks(results, visits, runner, say, retry=arguments.retry)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -101,7 +120,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _results(arguments: argparse.Namespace, machine: Machine) -> Results:
     """A new results file, or the one that is there, if it is of this machine and commit."""
-    meta = machine.meta(arguments.commit, arguments.quick)
+    meta = machine.meta("python -m benchmarks.device_check", arguments.commit, arguments.quick)
     arguments.out.mkdir(parents=True, exist_ok=True)
     there = sorted(arguments.out.glob("*.json"))
     if len(there) > 1:
@@ -189,7 +208,10 @@ def judge(lines: Iterable[str], codes: Iterable[int | None]) -> dict[str, str]:
         else:
             failed.setdefault(name, []).append(test)
     codes = list(codes)
-    found = {name: f"{'unfinished' if None in codes else 'passed'}: {count}" for name, count in passed.items()}
+    # Those that need the GPU for themselves come last, and say nothing of the others when their time is over.
+    found = {name: f"{'unfinished' if codes[0] is None else 'passed'}: {count}" for name, count in passed.items()}
+    if codes[-1] is None:
+        found["alone"] = "unfinished: those that need the GPU for themselves"
     for name, tests in failed.items():
         found[name] = f"failed: {len(tests)} of {len(tests) + passed.get(name, 0)}, {tests[0]}"
     # 0 and 1 are told by the lines, and 5 is that a part has no tests, which the other has. Else it has crashed, or
@@ -197,7 +219,7 @@ def judge(lines: Iterable[str], codes: Iterable[int | None]) -> dict[str, str]:
     bad = [code for code in codes if code not in (None, 0, NO_TESTS) and not (code == 1 and failed)]
     if bad and "all" not in failed:
         found["all"] = f"failed: pytest ended with exit code {bad[0]}"
-    if not found:
+    if not passed and not failed and not bad:
         found["all"] = "unfinished: 0" if None in codes else "failed: no test ran"
     return found
 
@@ -221,37 +243,50 @@ def run_benchmarks(
     retry: bool = False,
 ) -> None:
     """Every visit that is not done yet, into ``results``, until the runner's deadline."""
-    results.left = []
-    for place, visit in enumerate(visits):
-        contest, waiting = visit.contest, _waiting(results, visit, retry)
-        refused = why_refused(results, contest.needs)
+    for visit in visits:  # also what was measured before the tests failed
+        refused = why_refused(results, visit.contest.needs)
         if refused is not None:
-            results.put(*(contest.row(name, status=refused) for name in waiting if name.startswith(OURS)))
-            waiting = tuple(name for name in waiting if not name.startswith(OURS))
-        if not waiting:
+            results.put(*(visit.contest.row(name, status=refused) for name in visit.providers if _is_ours(name)))
+    waiting = {str(visit): _waiting(results, visit, retry) for visit in visits}
+    results.left = [name for name, providers in waiting.items() if providers]
+    results.write()
+    for place, visit in enumerate(visits):
+        contest, providers = visit.contest, waiting[str(visit)]
+        if not providers:
             continue
-        say(f"{place + 1} of {len(visits)}: {contest}, {', '.join(waiting)}")
+        say(f"{place + 1} of {len(visits)}: {contest}, {', '.join(providers)}")
         try:
-            for row, _ in runner.visit(contest, waiting, ceilings_of(results, contest.dtype)):
+            for row, _ in runner.visit(contest, providers, ceilings_of(results, contest.dtype)):
                 if not (visit.again and row.provider == OURS):  # it has its row from the first time
                     results.put(row)
         except OutOfTime:
-            results.left = [str(later) for later in visits[place:] if _waiting(results, later, retry)]
             say(f"out of time; {len(results.left)} of {len(visits)} left")
-            break
+            return
+        results.left.remove(str(visit))
         if str(visit) not in results.done:
             results.done.append(str(visit))
-        _tell(results, contest, waiting, say)
-    results.write()
+        results.write()
+        _tell(results, contest, providers, say)
+
+
+def _is_ours(provider: str) -> bool:
+    return provider.startswith(OURS)
 
 
 def _waiting(results: Results, visit: Visit, retry: bool) -> tuple[str, ...]:
-    """Who has to run of a visit's providers: nobody where it was done, and not who hung or failed the last time."""
+    """Who has to run of a visit's providers: nobody where it was done, and not who hung or failed the last time.
+
+    Ours, where it was refused and no longer is, has to run in any case.
+    """
     rows = {provider: _row_of(results, visit.contest, provider) for provider in visit.providers}
-    failed = [provider for provider, row in rows.items() if row is not None and not row.ok]
-    if str(visit) in results.done and not (retry and failed):
+    bad = {provider: row.status for provider, row in rows.items() if row is not None and not row.ok}
+    refused = why_refused(results, visit.contest.needs) is not None
+    pardoned = [provider for provider, status in bad.items() if status.startswith("refused") and not refused]
+    able = [provider for provider in visit.providers if not (refused and _is_ours(provider))]
+    again = [provider for provider in able if provider in bad and (retry or provider in pardoned)]
+    if str(visit) in results.done and not again:
         return ()
-    return tuple(provider for provider in visit.providers if retry or provider not in failed)
+    return tuple(provider for provider in able if provider not in bad or provider in again)
 
 
 def _row_of(results: Results, contest: Contest, provider: str) -> Row | None:
@@ -285,11 +320,10 @@ def _brief(row: Row) -> str:
 
 
 def is_right(results: Results) -> bool:
-    """Did no test fail, and does ours have every number that was asked of it?"""
-    bad = ("failed", "wrong", "crashed", "timeout", "refused")
-    ours = [row for row in results.rows if row.provider.startswith(OURS)]
-    return not any(result.startswith("failed") for result in results.tests.values()) and not any(
-        row.status.startswith(bad) for row in ours
+    """Did all tests pass that were to run, and does ours have every number that was asked of it?"""
+    ours = [row for row in results.rows if _is_ours(row.provider)]
+    return not any(said.startswith(("failed", "unfinished")) for said in results.tests.values()) and all(
+        row.ok or row.status.startswith("skipped") for row in ours
     )
 
 
@@ -307,9 +341,10 @@ def table(results: Results, most: int = TABLE_ROWS) -> str:
         floor = "" if ours.fraction_of_floor is None else f"{100 * ours.fraction_of_floor:.0f} %"
         peers = ", ".join(f"{row.provider} {row.speedup:.2f}" for row in rows if row.speedup is not None)
         lines.append(f"{' '.join(contest):60} {ours.median_us:10.1f} {floor:>8}  {peers}")
-    for row in results.rows:
-        if not row.ok and not row.status.startswith("skipped"):
-            lines.append(f"{' '.join(row.contest)}: {row.provider} {row.status}")
+    bad = [row for row in results.rows if not row.ok and not row.status.startswith("skipped")]
+    lines += [f"{' '.join(row.contest)}: {row.provider} {row.status}"[:LINE] for row in bad[:most]]
+    if len(bad) > most:
+        lines.append(f"and {len(bad) - most} more without a number")
     if results.left:
         lines.append(f"no time for {len(results.left)} more: {'; '.join(results.left[:3])}, ...")
     return "\n".join(lines)

@@ -116,8 +116,8 @@ class Machine:
             torch._C._cuda_releasePool(index, pool)
         torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(self.device))
 
-    def meta(self, commit: str | None = None, quick: bool = False) -> dict:
-        """What a results file says about where it comes from."""
+    def meta(self, by: str, commit: str | None = None, quick: bool = False) -> dict:
+        """What a results file says about where it comes from, and ``by`` which command."""
         now = datetime.datetime.now(datetime.timezone.utc)
         return {
             "gpu": torch.cuda.get_device_name(self.device) if self.is_cuda else f"CPU {_cpu_name()}",
@@ -128,6 +128,7 @@ class Machine:
             "commit": commit or _commit(),
             "date": now.date().isoformat(),
             "time": now.strftime("%H:%M:%S"),
+            "by": by,
             "device": self.device.type,
             "quick": quick,
             "cuda": torch.version.cuda,
@@ -159,7 +160,8 @@ def _driver() -> str | None:
 def _commit() -> str:
     """Of the source tree, with "-dirty" where something in it differs from that commit; "unknown" outside of git."""
     commit = _first_line(["git", "rev-parse", "--short=8", "HEAD"])
-    if commit is None:
+    top = _first_line(["git", "rev-parse", "--show-toplevel"])
+    if commit is None or top is None or Path(top).resolve() != ROOT.resolve():  # none, or another project's
         return "unknown"
     changed = _first_line(["git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"])
     return f"{commit}-dirty" if changed else commit

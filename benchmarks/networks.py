@@ -65,27 +65,33 @@ def contest(case: NetworkCase, providers: tuple[str, ...] = PROVIDERS, **options
 
 
 def network_costs(case: NetworkCase) -> Iterator[Cost]:
-    """Layer by layer, whatever has to run one after the other; forward, and three times its FLOPs in training.
+    """Layer by layer, whatever has to run one after the other; in training, forward and backward.
 
     A block is one operator, as in :mod:`benchmarks.operators`. Training ends with AdamW, which reads parameters,
     gradients and two moments, and writes all but the gradients.
     """
     with torch.device("meta"):
         network = convnext_fast.create_model(case.model)
-    item = 2 if "16" in case.dtype else 4
-    dims = [stage[0].dwconv.in_channels for stage in network.stages]
-    times, size, before = (3 if case.training else 1), case.size, network.in_chans
-    for stage, c in zip(network.stages, dims, strict=True):
-        patch = 4 if before == network.in_chans else 2
-        read, size = case.n * before * size**2, size // patch
-        pixels, weights = case.n * size**2, before * c * patch**2
-        yield Cost(times * (read + pixels * c + weights) * item, times * 2 * pixels * weights)
+    item, size, before = 2 if "16" in case.dtype else 4, case.size, network.in_chans
+    for stage in network.stages:
+        c = stage[0].dwconv.in_channels
+        is_stem = before == network.in_chans
+        patch = 4 if is_stem else 2
+        read, size, weights = case.n * before * size**2, size // patch, before * c * patch**2
+        # Backward reads x, dy and the weights, and writes dx and dw; images have no dx, for which weights are read.
+        moved = read + case.n * size**2 * c + weights
+        if case.training:
+            moved += (1 if is_stem else 2) * (read + weights) + case.n * size**2 * c
+        products = (1 if not case.training else 2 if is_stem else 3) * case.n * size**2 * weights
+        yield Cost(moved * item, 2 * products)
         for block in stage:
             here = Case(case.n, c, size, size, "bf16" if item == 2 else "fp32", block.dwconv.kernel_size)
             yield block_cost(here, case.training)
         before = c
-    head = before * CLASSES
-    yield Cost(times * (case.n * (size**2 * before + CLASSES) + head) * item, times * 2 * case.n * head)
+    # From the last map to the logits: backward of the mean only writes that map.
+    times, head = (2 if case.training else 1), before * CLASSES
+    moved = times * case.n * (size**2 * before + CLASSES) + (3 if case.training else 1) * head
+    yield Cost(moved * item, (3 if case.training else 1) * 2 * case.n * head)
     if case.training:
         count = sum(parameter.numel() for parameter in network.parameters())
         yield Cost(7 * count * case.parameters_dtype.itemsize, 0)

@@ -119,7 +119,7 @@ def readme_block(results: Results | None, folder: str = "benchmarks/results/") -
         lines += [" ".join(_image(results, plot, folder) for plot in drawn), ""]
     silent = sum(not row.ok for row in results.rows)
     lines.append(
-        f"Measured by `python -m benchmarks.device_check`. All {len(results.rows)} rows, {silent} of them without a "
+        f"Measured by `{results.meta.get('by', 'unknown')}`. All {len(results.rows)} rows, {silent} of them without a "
         f"result: [report]({folder}{results.path.stem}.md)."
     )
     assert len(lines) <= LINES, f"the README's block has {len(lines)} lines; {LINES} are allowed"

@@ -28,10 +28,16 @@ SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
 OURS = "ours"
 # What two files have to agree in before their rows may stand in one.
-IDENTITY = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "device", "quick")
+IDENTITY = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "device", "quick", "threads", "timm")
 META = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "date")
 # The first word of a row's status; a reason follows all but the first.
 STATUSES = ("ok", "skipped", "refused", "failed", "wrong", "timeout", "crashed")
+
+
+NUMBERS = (
+    "median_us", "spread", "fraction_of_floor", "floor_us", "bytes", "flops", "samples", "speedup", "images", "error",
+    "peak_bytes", "saved_bytes", "variants", "rate",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,15 @@ class Row:
     note: str | None = None
 
     def __post_init__(self):
+        for name in ("suite", "case", "provider", "dtype", "status"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; a string is allowed")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{name} is {value!r}; a number is allowed")
+        if self.speedup_quartiles is not None and len(self.speedup_quartiles) != 2:
+            raise ValueError(f"speedup_quartiles is {self.speedup_quartiles!r}; two numbers are allowed")
         if self.status.split(":")[0] not in STATUSES:
             raise ValueError(f"status is {self.status!r}; one that begins with {', '.join(STATUSES)} is allowed")
 

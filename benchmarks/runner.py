@@ -6,9 +6,10 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class OutOfTime(Exception):
 def serve(connection: Connection, build: Callable[[], list[Contest]], device: str, log: str | None) -> None:
     """The worker's side: runs what comes through the connection until nothing more comes."""
     os.setsid()  # ends with all processes that it has started, compilers for instance
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if log is not None:
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
@@ -59,6 +61,12 @@ def serve(connection: Connection, build: Callable[[], list[Contest]], device: st
         lines = str(error).strip().splitlines()
         connection.send(Broken(f"{type(error).__name__}: {lines[0] if lines else ''}"))
         raise  # into the log
+
+
+def _end_with_parent() -> None:
+    """However that ended: nobody else would stop a provider that hangs, or give the GPU's memory back."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 class Runner:
@@ -130,6 +138,8 @@ class Runner:
         """What the worker says; in the end DONE, or the status that providers get because it is gone."""
         limit = START_SECONDS
         try:
+            if self._process is not None and not self._process.is_alive():  # it died with nobody's turn
+                self.stop()
             if self._process is None:
                 self._start()
                 first = self._receive(limit)
@@ -159,10 +169,11 @@ class Runner:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, *self._arguments), daemon=False)
-        self._process.start()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, *self._arguments), daemon=False)
+        process.start()
         theirs.close()
+        self._process, self._connection = process, ours  # only now: a signal may come at any moment
 
     def _receive(self, seconds: float):
         left = float("inf") if self._deadline is None else self._deadline - time.monotonic()

@@ -84,18 +84,17 @@ def _for_gpu(quick: bool) -> Iterator[Contest]:
 
 
 def _other_networks() -> Iterator[Contest]:
-    yield _network("convnextv2_tiny", 256, "amp_bf16", training=True)
-    yield _network("convnextv2_tiny", 256, "bf16")
-    for model, n in (("convnext_base", 128), ("convnext_large", 64), ("convnext_small", 128)):
+    models = ("convnextv2_tiny", "convnext_base", "convnext_large", "convnext_small")
+    for model, n in zip(models, (256, 128, 64, 128), strict=True):
         yield _network(model, n, "amp_bf16", training=True)
-        yield _network(model, n, "bf16")
+        yield _network(model, 256, "bf16")
     for size, n in ((384, 64), (288, 128), (160, 256)):
         yield _network("convnext_tiny", n, "bf16", size=size)
         yield _network("convnext_tiny", n, "amp_bf16", size=size, training=True)
     yield _network("convnext_tiny", 256, "bf16", training=True)
-    for model in ("convnext_small", "convnext_base", "convnext_large"):
-        yield _network(model, 1, "bf16", first=(OURS, "ours_graph"))
-        yield _network(model, 32, "bf16")
+    for model in models:
+        for n in (1, 32):
+            yield _network(model, n, "bf16", first=(OURS, "ours_graph"))
 
 
 def _for_cpu(quick: bool) -> Iterator[Contest]:
@@ -120,7 +119,7 @@ def _for_cpu(quick: bool) -> Iterator[Contest]:
     few = {"first": (OURS,), "pytorch": ("channels_last", "timm", "eager")}
     for dtype in ("fp32", "bf16"):
         for training in (False, True):
-            yield _network("convnext_tiny", 1 if training else 2, dtype, training=training, seconds=0.5, **few)
+            yield _network("convnext_tiny", 1 if training else 2, dtype, training=training, rounds=(15, 15), **few)
     several = {**few, "seconds": 0.2}
     yield _network("convnext_tiny", 8, "amp_bf16", size=64, training=True, more=("max_autotune",), **several)
     compiled = {"first": (OURS,), "pytorch": ("timm", "compile"), "seconds": 0.2}

@@ -93,14 +93,26 @@ def test_network(model):
     assert sum(cost.bytes for cost in costs) > 4 * 0.9 * parameters
 
 
-def test_training_of_a_network_counts_backward_and_optimizer():
+def test_training_of_a_network():
+    """Forward, backward without the images' gradient, and AdamW: four numbers read and three written per parameter."""
     forward, training = (
         list(networks.network_costs(NetworkCase("convnext_tiny", 64, 2, "amp_bf16", training)))
         for training in (False, True)
     )
-    assert sum(cost.flops for cost in training) == 3 * sum(cost.flops for cost in forward)
+    assert training[0].flops == 2 * forward[0].flops
+    assert all(after.flops == 3 * before.flops for before, after in zip(forward[1:], training[1:], strict=False))
     count = sum(p.numel() for p in convnext_fast.convnext_tiny().parameters())
-    assert training[-1] == (7 * 4 * count, 0)  # AdamW in fp32: four read, three written
+    assert training[-1] == (7 * 4 * count, 0)
+    # The stem reads images twice, its result's gradient and the weights once, and writes its result and their gradient.
+    images, maps, weights = 2 * 3 * 64**2, 2 * 96 * 16**2, 3 * 96 * 4**2
+    assert forward[0].bytes == 2 * (images + maps + weights)
+    assert training[0].bytes == 2 * (2 * images + 2 * maps + 2 * weights)
+    # The first layer of the second stage also writes the gradient of what it reads, for which it reads weights.
+    before, after, weights = 2 * 96 * 16**2, 2 * 192 * 8**2, 96 * 192 * 2**2
+    assert training[4].bytes == 2 * (3 * before + 2 * after + 3 * weights)
+    head, last, logits = 768 * 1000, 2 * 768 * 2**2, 2 * 1000
+    assert forward[-1].bytes == 2 * (last + logits + head)
+    assert training[-2].bytes == 2 * (2 * last + 2 * logits + 3 * head)
 
 
 def test_network_costs_are_those_of_the_design():

@@ -43,9 +43,11 @@ def test_judgement_of_each_operator():
 
 
 def test_judgement_of_tests_that_were_not_through():
-    assert judge([PYTEST[4]], [0, None]) == {"norm_linear": "unfinished: 1"}
-    assert judge(PYTEST[2:4], [None, None]) == {"depthwise": "failed: 1 of 2, test_exact[fp32 7×7 PASSED by]"}
-    assert judge([], [None, None]) == {"all": "unfinished: 0"}
+    alone = {"alone": "unfinished: those that need the GPU for themselves"}
+    assert judge([PYTEST[4]], [None, None]) == {"norm_linear": "unfinished: 1", **alone}
+    assert judge([PYTEST[4]], [0, None]) == {"norm_linear": "passed: 1", **alone}
+    assert judge(PYTEST[2:4], [None, None]) == {"depthwise": "failed: 1 of 2, test_exact[fp32 7×7 PASSED by]", **alone}
+    assert judge([], [None, None]) == {"all": "unfinished: 0", **alone}
 
 
 def test_judgement_of_tests_that_crashed_or_did_not_begin():
@@ -122,7 +124,8 @@ def test_tests_have_a_limit(tmp_path):
     start = time.monotonic()
     run_tests(results, tmp_path / "log", 6, lambda line: None, contextlib.nullcontext(), folder)
     assert time.monotonic() - start < 30
-    assert results.tests == {"depthwise": "unfinished: 1"}
+    assert results.tests["depthwise"] == "unfinished: 1"
+    assert not device_check.is_right(results)
 
 
 # Benchmarks
@@ -167,6 +170,33 @@ def test_ours_has_no_speed_where_its_tests_fail(tmp_path):
     assert row(results, "one is late", "slowest").ok
     assert not device_check.is_right(results)
     assert "refused: tests of depthwise" in device_check.table(results)
+
+
+def test_speeds_are_taken_back_when_tests_fail_and_come_again_when_they_pass(tmp_path):
+    results = Results(META, tmp_path / "r.json")
+    contests = [CONTESTS["one is late"]]
+    run(results, contests)
+    assert row(results, "one is late", "ours").ok
+    results.tests = {"depthwise": "failed: 1 of 2, test_exact"}
+    assert run(results, contests) == []
+    stored = Results.read(tmp_path / "r.json")
+    assert row(stored, "one is late", "ours").status == "refused: tests of depthwise failed: 1 of 2, test_exact"
+    assert row(stored, "one is late", "slower").ok
+    assert run(stored, contests, retry=True) == []  # still refused
+    stored.tests = {"depthwise": "passed: 2"}
+    assert contests_of(run(stored, contests)) == ["one is late", "one is late"]  # the late one for its ratio
+    assert row(stored, "one is late", "ours").ok
+    assert row(stored, "one is late", "slower").speedup == pytest.approx(3.0, rel=0.25)
+
+
+def test_what_is_left_is_in_the_file_all_the_time(tmp_path):
+    results, left = Results(META, tmp_path / "r.json"), []
+    write = results.write
+    results.write = lambda: (write(), left.append(len(Results.read(tmp_path / "r.json").left)))
+    run(results, [CONTESTS["one is late"], CONTESTS["a case"]])
+    assert left[0] == 3
+    assert sorted(left, reverse=True) == left
+    assert left[-1] == 0
 
 
 def test_late_providers_come_last_and_leave_our_row_alone(tmp_path):
@@ -332,6 +362,15 @@ def test_killed_at_any_moment_it_leaves_what_was_measured(tmp_path):
     path = next(tmp_path.glob("*.json"))
     rows = json.loads(path.read_text())["rows"]
     assert sum(found["suite"] == "depthwise_forward" and found["status"] == "ok" for found in rows) >= 3
+    assert Results.read(path).left
+    process = subprocess.Popen(command(tmp_path, *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert " of " in process.stdout.readline() + process.stdout.readline()  # it is at work
+    process.send_signal(signal.SIGTERM)  # and is told this time
+    rest = process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 130
+    assert "stopped; the same command goes on from here" in rest
+    assert (tmp_path / "table.txt").read_text().strip() in rest
     done = check(tmp_path, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ceilings: copy" not in done.stdout  # that was done

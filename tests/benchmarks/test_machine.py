@@ -99,11 +99,12 @@ def test_a_mistake_in_the_call_is_no_mistake_of_capturing(on_gpu, monkeypatch):
 
 
 def test_facts():
-    meta = Machine("cpu").meta("abc", quick=True)
+    meta = Machine("cpu").meta("a command", "abc", quick=True)
     assert set(META) <= set(meta)
     assert set(IDENTITY) <= set(meta)
     assert meta["gpu"].startswith("CPU ")
     assert meta["commit"] == "abc"
+    assert meta["by"] == "a command"
     assert meta["quick"] is True
     assert meta["torch"] == torch.__version__
     assert meta["driver"] is None
@@ -112,13 +113,15 @@ def test_facts():
 
 
 def test_commit_says_when_the_tree_differs(monkeypatch):
-    answers = {"rev-parse": "abc12345", "status": None}
-    monkeypatch.setattr(module, "_first_line", lambda command: answers[command[1]])
-    assert Machine("cpu").meta()["commit"] == "abc12345"
-    answers["status"] = " M benchmarks/timing.py"
-    assert Machine("cpu").meta()["commit"] == "abc12345-dirty"
-    answers["rev-parse"] = None
-    assert Machine("cpu").meta()["commit"] == "unknown"
+    answers = {"--short=8": "abc12345", "--show-toplevel": str(module.ROOT), "--porcelain": None}
+    monkeypatch.setattr(module, "_first_line", lambda command: answers[command[2]])
+    assert Machine("cpu").meta("a command")["commit"] == "abc12345"
+    answers["--porcelain"] = " M benchmarks/timing.py"
+    assert Machine("cpu").meta("a command")["commit"] == "abc12345-dirty"
+    answers["--show-toplevel"] = "/another/project"
+    assert Machine("cpu").meta("a command")["commit"] == "unknown"
+    answers["--short=8"] = None
+    assert Machine("cpu").meta("a command")["commit"] == "unknown"
 
 
 def test_fp32_is_fp32():

@@ -41,13 +41,31 @@ def test_times_are_those_of_the_results(done):
     results = Results.read(next(out.glob("cpu-*.json")))
     times = json.loads((out / "times.json").read_text())["benchmarks"]
     rows = {row.key: row for row in results.rows if row.ok}
-    assert len(times) == len(rows)
+    assert len(times) == len([key for key in rows if key[-1] != "compile"])  # measured with a late provider
     for found in times:
         info = found["extra_info"]
         row = rows[info["suite"], info["case"], info["dtype"], info["provider"]]
         assert found["stats"]["median"] * 1e6 == pytest.approx(row.median_us, rel=1e-3)
         if row.suite != "ceilings":  # whose samples stay where they were taken
             assert found["stats"]["rounds"] == row.samples
+
+
+def test_another_part_of_the_suites_is_added_and_brings_its_own_ceilings(done):
+    out, _ = done
+    more = pytest_benchmarks("--quick", "--device", "cpu", "--results", str(out), "-k", "host and depthwise and ours")
+    assert more.returncode == 0, more.stdout + more.stderr
+    results = Results.read(next(out.glob("cpu-*.json")))
+    assert {row.suite for row in results.rows} == {"ceilings", "depthwise_forward", "host"}
+    assert results.tests == {"all": "skipped: not run with the benchmarks"}
+    assert results.meta["by"] == "pytest benchmarks/ --benchmark-only"
+    assert all(row.fraction_of_floor for row in results.rows if row.ok and row.suite == "depthwise_forward")
+
+
+def test_several_processes_are_refused():
+    pytest.importorskip("xdist")
+    refused = pytest_benchmarks("--quick", "--device", "cpu", "-n", "2")
+    assert refused.returncode == 4
+    assert "benchmarks disturb each other: -n is not allowed" in refused.stderr
 
 
 def test_who_cannot_run_is_skipped_with_the_reason(done):
