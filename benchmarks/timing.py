@@ -8,7 +8,6 @@ of the ratios within rounds. A slow moment then meets all of them.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
@@ -115,17 +114,6 @@ def interleave(
 def ratios(samples: Mapping[str, list[float]], name: str, to: str) -> list[float]:
     """Of two providers' samples, round by round."""
     return [a / b for a, b in zip(samples[name], samples[to], strict=True)]
-
-
-def describe(samples: Mapping[str, list[float]], name: str, to: str) -> str:
-    """A sentence about two providers, for people to read."""
-    found = sorted(ratios(samples, name, to))
-    low, high = found[len(found) // 4], found[-1 - len(found) // 4]
-    medians = [statistics.median(samples[provider]) * 1e3 for provider in (name, to)]
-    return (
-        f"{name}/{to} {statistics.median(found):.3f} (quartiles {low:.3f} to {high:.3f}, all {found[0]:.3f} to "
-        f"{found[-1]:.3f}, {len(found)} rounds); medians {medians[0]:.1f} ms and {medians[1]:.1f} ms"
-    )
 
 
 class ReplayClock:
