@@ -52,6 +52,7 @@ class NetworkCase(NamedTuple):
 
 
 def contest(case: NetworkCase, providers: tuple[str, ...] = PROVIDERS, **options) -> Contest:
+    """A contest of networks; ``options`` are further fields of :class:`Contest`."""
     return Contest(
         "model_training" if case.training else "model_inference",
         str(case),

@@ -87,6 +87,7 @@ class Operator:
     contiguous: tuple[str, ...] = ()
 
     def contest(self, suite: str, case: Case, providers: tuple[str, ...] | None = None, **options) -> Contest:
+        """Of one pass on one case, with all providers or some; ``options`` are further fields of :class:`Contest`."""
         names = tuple(self.providers) if providers is None else providers
         return Contest(
             suite,

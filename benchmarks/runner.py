@@ -45,7 +45,7 @@ def serve(connection: Connection, build: Callable[[], list[Contest]], device: st
         machine.set_up()
         contests = {contest.key: contest for contest in build()}
         gc.collect()
-        gc.freeze()  # capturing a graph collects garbage each time; what is imported is none
+        gc.freeze()  # garbage is collected after each contest; what is imported is none
         connection.send(READY)
         while (visit := connection.recv()) is not None:
             key, providers, ceilings, only_warm = visit
@@ -107,7 +107,7 @@ class Runner:
         """
         waiting = list(providers)
         while waiting:
-            turn, sent = None, False
+            turn = status = None
             for message in self._messages(contest, waiting, ceilings):
                 if isinstance(message, Turn):
                     turn = message
@@ -118,9 +118,8 @@ class Runner:
                 elif message == DONE:
                     return
                 else:  # what ended the worker
-                    sent = True
                     status = message
-            if not sent:
+            if status is None:
                 return
             # Whose turn it was; all of them before the first turn, nobody where that one has got its bad row already.
             blamed = waiting.copy() if turn is None else [turn.provider]
