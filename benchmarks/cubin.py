@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -295,17 +295,21 @@ def atomics(ptx: str) -> list[str]:
     return _ATOMIC.findall(re.sub(r'"[^"\n]*"|//[^\n]*', "", ptx))
 
 
-def source(kernel, types: Mapping[str, str], constants: Mapping[str, object]) -> ASTSource:
+def source(
+    kernel, types: Mapping[str, str], constants: Mapping[str, object], aligned: Collection[str] = ()
+) -> ASTSource:
     """What a launch of a kernel makes Triton compile.
 
     Args:
         kernel: the ``@triton.jit`` function.
         types: Triton's type of each argument that is not a constexpr, as in ``{"x_ptr": "*bf16", "H": "i32"}``.
         constants: the constexpr arguments.
+        aligned: arguments that Triton may take for multiples of 16 (pointers: of 16 bytes). It finds that out by itself
+            when a kernel is launched, unless the kernel tells it not to.
     """
     signature = {p.name: "constexpr" if p.is_constexpr else types[p.name] for p in kernel.params}
-    # No attributes: kernels of this package tell Triton not to specialise on sizes and alignment.
-    return ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs={})
+    attributes = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params if p.name in aligned}
+    return ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
 
 
 def compile_for(source: ASTSource, arch: int, options: Mapping[str, object]) -> Compiled:

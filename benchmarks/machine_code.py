@@ -35,6 +35,7 @@ import triton
 
 from benchmarks import cubin
 from dwconv_kernels.depthwise import config, kernels, launch
+from dwconv_kernels.devices import REGISTERS, SHARED_KB
 
 ARCHS = (80, 89, 90)  # compiled for on every change; the others with --all
 ALL_ARCHS = (80, 86, 89, 90, 100, 120)
@@ -48,10 +49,6 @@ ALL_CHANNELS = (96, 40)  # a whole number of blocks of channels, and not
 H100_SLOTS_PER_PS = 132 * 4 * 32 * 1.75e9 / 1e12  # of one lane
 COPY_BYTES_PER_PS = 3.0
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-# What a multiprocessor of each architecture can give to one program.
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-REGISTERS = 65_536
 
 
 class Options(NamedTuple):

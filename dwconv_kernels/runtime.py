@@ -9,6 +9,7 @@ The only module that reads environment variables:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -296,6 +297,29 @@ def _why_not_cuda(index: int) -> str | None:
     if capability < MIN_CAPABILITY:
         return f"the GPU is sm_{capability[0]}{capability[1]}; the kernels need sm_80 or newer"
     return None
+
+
+def arch(x: Tensor) -> int:
+    """Compute capability of x's device, 90 for 9.0; 0 in the interpreter."""
+    if not x.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device and its current stream: x's, inside of this."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def tf32() -> bool:
+    """Has the user let PyTorch multiply fp32 matrices in TF32?"""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:  # before PyTorch 2.9; since then, this raises once the new setting was used
+        return torch.backends.cuda.matmul.allow_tf32
+    return precision == "tf32"
 
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has none

@@ -84,7 +84,7 @@ def cut(name: str) -> Iterator[None]:
     launch = runtime.launchers("depthwise")
     with contextlib.ExitStack() as stack:
         if name == "sm_90":
-            stack.enter_context(mock.patch.object(launch, "_arch", return_value=90))
+            stack.enter_context(mock.patch.object(runtime, "arch", return_value=90))
         elif name != "whole":
             rows, images = CUTS[name]
             stack.enter_context(mock.patch.object(launch.config, "rows_per_program", return_value=rows))

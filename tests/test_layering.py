@@ -15,10 +15,12 @@ OPTIONAL = {"kornia", "matplotlib", "mlxtend", "numpy", "PIL", "safetensors", "s
 # What a module of a family may import besides the standard library; "torch" and "triton" are the packages.
 MAY_IMPORT = {
     "strips": {"triton", "primitives"},  # what the depthwise kernels share
-    "kernels": {"triton", "primitives", "strips", "kernels_weight"},
+    "tiles": {"triton", "primitives"},  # what those of layer norm + linear share
+    "kernels": {"triton", "primitives", "strips", "kernels_weight", "tiles", "kernels_backward"},
+    "kernels_backward": {"triton", "primitives", "tiles"},
     "kernels_weight": {"triton", "primitives", "strips"},
     "kernels_gluon": {"triton", "primitives", "strips"},
-    "config": set(),
+    "config": {"devices"},
     "reference": {"torch", "dtypes"},
     "launch": {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluon", "config"},
     "op": {"torch", "runtime", "registration", "dtypes", "reference"},
@@ -29,8 +31,8 @@ BLOCK_STANDS_ON = {"launch": {"launch"}, "reference": {"reference"}, "op": {"op"
 
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [
-    "_version", "dtypes", "runtime", "primitives", "interpreter", "testing", "registration", "FAMILIES", "modules",
-    "self_check", "__init__",
+    "_version", "devices", "dtypes", "runtime", "primitives", "interpreter", "testing", "registration", "FAMILIES",
+    "modules", "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
     "block", "model", "dialects", "atomic_files", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate",

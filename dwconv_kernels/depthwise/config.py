@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from ..devices import multiprocessors
+
 BLOCK_C = 32  # one warp, a channel per lane; two per lane cost registers and more conversions than they save loads
 DTYPES = ("bf16", "fp16", "fp32")
 MAX_KERNEL = 9  # taps live in registers: 81 are what leaves room for the sums
@@ -19,9 +21,6 @@ MAX_LINE = 11  # of kernels that are one tap high or wide
 # Kernels compute strip · W in 32 bits. Each strip of the weight gradient has partial sums of its own, which in a wider
 # map would outgrow the map.
 MAX_W = 32_768
-
-# Streaming multiprocessors of the biggest common GPU of an architecture; each has four schedulers.
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 170}
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ def shipped(dtype: str, kh: int, kw: int, strict: bool = False) -> Iterator[Choi
 
 
 def _schedulers(arch: int) -> int:
-    # 0 is the interpreter, which runs one program after another and has nothing to gain from cutting a map up.
-    return 4 * MULTIPROCESSORS.get(arch, 132) if arch else 1
+    # Each multiprocessor has four. The interpreter has nothing to gain from cutting a map up.
+    return 4 * multiprocessors(arch) if arch else 1
 
 
 def _time(cost: float, programs: int, schedulers: int) -> float:

@@ -6,8 +6,6 @@ for a contiguous (N, C, H, W) map that is two more passes over memory in each di
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -80,20 +78,6 @@ def _refuse_unsupported(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, 
         raise ValueError(f"the Triton kernels do not take this depthwise convolution: {reason}")
 
 
-def _arch(x: Tensor) -> int:
-    if not x.is_cuda:
-        return 0  # the interpreter
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
-
-
-def _on_device(x: Tensor):
-    """Triton launches on the current device and its current stream."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
-
-
 def _blocks(c: int) -> int:
     return -(-c // config.BLOCK_C)
 
@@ -112,9 +96,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, out
     choice = config.pick_forward(_NAMES[x.dtype], kh, kw, _is_same((kh, kw), padding), ow, runtime.strict_kernels())
     strips = choice.strips(ow)
     columns = n * strips * _blocks(c)
-    rows = config.rows_per_program(_arch(x), columns, oh, kh)
+    rows = config.rows_per_program(runtime.arch(x), columns, oh, kh)
     grid = (columns * -(-oh // rows),)
-    with _on_device(x):
+    with runtime.on_device(x):
         taps = _taps(x, weight, bias, choice.pairs, flip)
         settings = {**choice.constants(c, kh, kw), **choice.options()}
         kernel = getattr(kernels, choice.kernel)
@@ -157,9 +141,9 @@ def _weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Ten
         _NAMES[x.dtype], kh, kw, _is_same(kernel, padding), ow, runtime.strict_kernels()
     )
     strips = choice.strips(ow)
-    images, rows = config.cut_backward_weight(_arch(x), strips * _blocks(c), n, h, kh)
+    images, rows = config.cut_backward_weight(runtime.arch(x), strips * _blocks(c), n, h, kh)
     parts = strips * -(-h // rows) * -(-n // images)
-    with _on_device(x):
+    with runtime.on_device(x):
         partials = torch.empty((parts, kh * kw + 1, c), dtype=torch.float32, device=x.device)
         settings = {**choice.constants(c, kh, kw), **choice.options()}
         grid = (parts * _blocks(c),)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dwconv_kernels import devices
 from dwconv_kernels.depthwise import config
 from tests import cases
 from tests.cases import CHANNELS, DTYPES, KERNELS, kernel_cases
 
-ARCHITECTURES = (0, 75, *config.MULTIPROCESSORS, 999)  # the interpreter, known ones, and two that are not
+ARCHITECTURES = (0, 75, *devices.MULTIPROCESSORS, 999)  # the interpreter, known ones, and two that are not
 KINDS = list(itertools.product(DTYPES, KERNELS, (False, True)))
 
 

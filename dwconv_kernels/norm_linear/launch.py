@@ -1,0 +1,276 @@
+"""Launches the kernels of layer norm + linear (+ GELU): layouts, allocation, grids. Callable without autograd.
+
+Rows of x may lie anywhere, as long as they are evenly spaced and their channels side by side; all else is copied. The
+weight is read in the dtype that is computed in, so under autocast it is cast first, as PyTorch does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import registration, runtime
+from . import config, kernels
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_FOLD = {"BLOCK_D": 16, "BLOCK_C": 128}
+_FINISH = {"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_C": 64}
+_NORM_SUM = {"BLOCK_P": 32, "BLOCK_C": 32}
+_SMALL = {"num_warps": 4, "num_stages": 1}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def why_not(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> str | None:
+    """Why no kernel takes this call; None where one does."""
+    computed = runtime.autocast_dtype(x) or x.dtype
+    rows = math.prod(x.shape[:-1])
+    if rows >= 2**30:
+        return f"x has shape {tuple(x.shape)}; the kernels take fewer than 2^30 rows"
+    return config.why_not(_name(x.dtype), _name(computed), x.shape[-1], weight.shape[0])
+
+
+class _Rows(NamedTuple):
+    """x as (P, C), channels side by side, ``stride`` from row to row."""
+
+    x: Tensor
+    p: int
+    c: int
+    stride: int
+
+    @property
+    def constants(self) -> dict[str, object]:
+        return {"C": self.c, "DENSE": self.stride == self.c}
+
+
+def _rows(x: Tensor) -> _Rows:
+    p, c = math.prod(x.shape[:-1]), x.shape[-1]
+    x = x.reshape(p, c)
+    if (c > 1 and x.stride(1) != 1) or (p > 1 and x.stride(0) >= 2**23):
+        x = x.contiguous()
+    return _Rows(x, p, c, c if p == 1 or (c == 1 and x.is_contiguous()) else x.stride(0))
+
+
+def _dense(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same values in ``dtype``, without gaps, from a multiple of 16 bytes on."""
+    matrix = matrix.to(dtype).contiguous()
+    return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
+
+
+def _vector(parameter: Tensor | None, like: Tensor) -> Tensor:
+    return like if parameter is None else parameter.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> tuple[bool, str]:
+    tf32 = dtype == torch.float32 and runtime.tf32()
+    return tf32, "tf32" if tf32 else "ieee"
+
+
+def _given(**tensors: Tensor | None) -> dict[str, bool]:
+    return {f"HAS_{name.upper()}": tensor is not None for name, tensor in tensors.items()}
+
+
+def norm_linear_forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (..., D) in ``dtype``, and mean and rstd (...) in fp32, of x (..., C)."""
+    _refuse_unsupported(x, weight, dtype)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    if y.numel() == 0:
+        return y, mean, rstd
+    with runtime.on_device(x):
+        rows, weight = _rows(x), _dense(weight, dtype)
+        tile = config.resident(_NAMES[dtype], _NAMES[x.dtype], rows.c, runtime.arch(x))
+        arguments = (rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation)
+        if tile is None:
+            _forward_of_wide_rows(*arguments)
+        else:
+            _forward_of_resident_rows(*arguments, tile)
+    return y, mean, rstd
+
+
+def _forward_of_resident_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation, tile) -> None:
+    d, (c0, c1) = weight.shape[0], config.split(rows.c)
+    blocks, row_blocks = -(-d // tile.n), -(-rows.p // tile.m)
+    count = config.blocks_per_program(runtime.arch(y), row_blocks, blocks, rows.c, tile.n)
+    kernels._norm_linear_fwd_kernel[(row_blocks * -(-blocks // count),)](
+        rows.x, _vector(norm_weight, mean), _vector(norm_bias, mean), weight, _vector(bias, mean), y, mean, rstd,
+        rows.p, rows.stride, eps, count,
+        **rows.constants, D=d, **_given(norm_weight=norm_weight, norm_bias=norm_bias, bias=bias),
+        GELU=activation is not None, C0=c0, C1=c1, BLOCK_P=tile.m, BLOCK_D=tile.n,
+        PRECISION=_precision(y.dtype)[1], **tile.options(),
+    )  # fmt: skip
+
+
+def _forward_of_wide_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation) -> None:
+    normed = _normalise(rows, norm_weight, norm_bias, mean, rstd, eps, y.dtype)
+    d, (tf32, precision) = weight.shape[0], _precision(y.dtype)
+    arch = runtime.arch(y)
+    tile = config.product(_NAMES[y.dtype], rows.c, d, arch, config.few_rows(rows.p, d, arch), tf32)
+    kernels._norm_linear_product_kernel[(-(-rows.p // tile.m) * -(-d // tile.n),)](
+        normed, weight, _vector(bias, mean), y, rows.p,
+        C=rows.c, D=d, HAS_BIAS=bias is not None, GELU=activation is not None, BLOCK_P=tile.m, BLOCK_D=tile.n,
+        BLOCK_C=tile.k, PRECISION=precision, **tile.options(),
+    )  # fmt: skip
+
+
+def _normalise(rows: _Rows, norm_weight, norm_bias, mean, rstd, eps: float | None, dtype: torch.dtype) -> Tensor:
+    """x̂∘γ + β (P, C); mean and rstd are filled, or, without an ``eps``, given."""
+    normed = rows.x.new_empty((rows.p, rows.c), dtype=dtype)
+    block_p, block_c, warps = config.normalising(rows.c)
+    kernels._norm_linear_norm_kernel[(-(-rows.p // block_p),)](
+        rows.x, _vector(norm_weight, mean), _vector(norm_bias, mean), normed, mean, rstd, rows.p, rows.stride,
+        0.0 if eps is None else eps,
+        **rows.constants, **_given(norm_weight=norm_weight, norm_bias=norm_bias), GIVEN_STATISTICS=eps is None,
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return normed
+
+
+def norm_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    wanted: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx (..., C), dγ, dβ (C,), dW (D, C), db (D,); of shape (0,) where not ``wanted`` or without a parameter."""
+    _refuse_unsupported(x, weight, dy.dtype)
+    parameters = (norm_weight, norm_bias, weight, bias)
+    wanted = [need and t is not None for need, t in zip(wanted, (x, *parameters), strict=True)]
+    dx = x.new_empty(x.shape) if wanted[0] else x.new_empty(0)
+    gradients = registration.parameter_gradients(parameters, wanted[1:], x)
+    if dy.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return dx, *gradients
+    with runtime.on_device(x):
+        call = _Backward(dy, x, mean, rstd, parameters, activation, wanted)
+        if wanted[0]:
+            call.input_gradient(dx)
+        if any(wanted[1:]):
+            call.parameter_gradients(*gradients)
+    return dx, *gradients
+
+
+class _Backward:
+    """One backward pass: what its steps share, computed once.
+
+    x̂ and du are matrices of their own for as long as it takes; no pass reads x or dy more than once, except that the
+    input gradient reads x again, in its own precision.
+    """
+
+    def __init__(self, dy, x, mean, rstd, parameters, activation, wanted):
+        self.norm_weight, self.norm_bias, weight, self.bias = parameters
+        self.rows, self.mean, self.rstd = _rows(x), mean.contiguous(), rstd.contiguous()
+        self.weight, self.wanted = _dense(weight, dy.dtype), wanted
+        self.name, (self.tf32, self.precision) = _NAMES[dy.dtype], _precision(dy.dtype)
+        self.d, self.arch = weight.shape[0], runtime.arch(x)
+        self.dy = _dense(dy.reshape(self.rows.p, self.d), dy.dtype)
+        self.whole = self.rows.c <= config.MAX_WHOLE_C
+        self.sums = wanted[0] and not self.whole
+        product = activation is not None or self.sums
+        self.needs_g = wanted[1] or wanted[3]
+        self.xhat = self.dy  # not read
+        if product or self.needs_g:
+            self.xhat = _normalise(self.rows, None, None, self.mean, self.rstd, None, dy.dtype)
+        self.folded, self.vectors = self._fold() if product or wanted[0] else (self.weight, self.mean)
+        self._hidden(activation is not None, any(wanted[1:]))
+
+    def _tile(self, length: int, n: int) -> config.Tile:
+        few = config.few_rows(self.rows.p, n, self.arch)
+        return config.product(self.name, length, n, self.arch, few, self.tf32)
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        folded, vectors = torch.empty_like(self.weight), self.mean.new_empty((2, self.d))
+        kernels._norm_linear_fold_kernel[(-(-self.d // _FOLD["BLOCK_D"]),)](
+            _vector(self.norm_weight, self.mean), _vector(self.norm_bias, self.mean), self.weight,
+            _vector(self.bias, self.mean), folded, vectors,
+            C=self.rows.c, D=self.d,
+            **_given(norm_weight=self.norm_weight, norm_bias=self.norm_bias, bias=self.bias), **_FOLD, **_SMALL,
+        )  # fmt: skip
+        return folded, vectors
+
+    def _hidden(self, gelu: bool, parameters: bool) -> None:
+        """du, the sums of its rows that the input gradient needs, and those of its columns."""
+        p, c, d = self.rows.p, self.rows.c, self.d
+        tile = self._tile(c, d)
+        self.row_blocks, self.column_blocks = -(-p // tile.m), -(-d // tile.n)
+        self.du = torch.empty_like(self.dy) if gelu else self.dy
+        self.row_sums = self.mean.new_empty((self.column_blocks, 2, p) if self.sums else 0)
+        self.partials = self.mean.new_empty((self.row_blocks, d) if parameters else 0)
+        if not (gelu or self.sums or parameters):
+            return
+        kernels._norm_linear_bwd_du_kernel[(self.row_blocks * self.column_blocks,)](
+            self.xhat, self.folded, self.vectors, self.dy, self.du, self.row_sums, self.partials, p,
+            C=c, D=d, GELU=gelu, SUMS=self.sums, PARTIALS=parameters, BLOCK_P=tile.m, BLOCK_D=tile.n, BLOCK_C=tile.k,
+            PRECISION=self.precision, **tile.options(),
+        )  # fmt: skip
+
+    def input_gradient(self, dx: Tensor) -> None:
+        """Fills dx."""
+        rows, tile = self.rows, self._tile(self.d, self.rows.c)
+        n = max(tile.n, 1 << (rows.c - 1).bit_length()) if self.whole else tile.n
+        kernels._norm_linear_bwd_x_kernel[(-(-rows.p // tile.m) * -(-rows.c // n),)](
+            self.du, self.folded, rows.x, self.mean, self.rstd, self.row_sums, dx, rows.p, rows.stride,
+            **rows.constants, D=self.d, WHOLE_ROWS=self.whole, SUM_BLOCKS=self.column_blocks if self.sums else 0,
+            BLOCK_P=tile.m, BLOCK_D=tile.k, BLOCK_C=n, PRECISION=self.precision, **tile.options(),
+        )  # fmt: skip
+
+    def _weight_parts(self) -> Tensor:
+        """G in parts (parts, D, C)."""
+        p, c, d = self.rows.p, self.rows.c, self.d
+        tile = config.weight_gradient(self.name, c, d, self.arch, self.tf32)
+        tiles = -(-d // tile.m) * -(-c // tile.n)
+        rows = config.rows_per_part(self.arch, tiles, p, tile.k)
+        parts = self.mean.new_empty((-(-p // rows), d, c))
+        kernels._norm_linear_bwd_weight_kernel[(len(parts) * tiles,)](
+            self.du, self.xhat, parts, p, rows,
+            C=c, D=d, BLOCK_P=tile.k, BLOCK_D=tile.m, BLOCK_C=tile.n, PRECISION=self.precision, **tile.options(),
+        )  # fmt: skip
+        return parts
+
+    def parameter_gradients(self, dnorm_weight: Tensor, dnorm_bias: Tensor, dw: Tensor, db: Tensor) -> None:
+        """Fills those that are wanted."""
+        c, d, (_, wants_norm_weight, wants_norm_bias, wants_dw, wants_db) = self.rows.c, self.d, self.wanted
+        parts = self._weight_parts() if self.needs_g else self.mean.new_empty((0, d, c))
+        blocks_d, blocks_c = -(-d // _FINISH["BLOCK_D"]), -(-c // _FINISH["BLOCK_C"])
+        norm_parts = self.mean.new_empty((blocks_d, 2, c))
+        kernels._norm_linear_finish_kernel[(blocks_d * blocks_c,)](
+            parts, self.partials, self.weight, _vector(self.norm_weight, self.mean),
+            _vector(self.norm_bias, self.mean), dw, db, norm_parts, len(parts), self.row_blocks,
+            C=c, D=d, **_given(norm_weight=self.norm_weight, norm_bias=self.norm_bias), HAS_PARTS=self.needs_g,
+            STORE_DW=wants_dw, STORE_DB=wants_db, NORM_PARTS=wants_norm_weight or wants_norm_bias, **_FINISH, **_SMALL,
+        )  # fmt: skip
+        if wants_norm_weight or wants_norm_bias:
+            kernels._norm_linear_norm_sum_kernel[(-(-c // _NORM_SUM["BLOCK_C"]),)](
+                norm_parts, dnorm_weight, dnorm_bias, blocks_d,
+                C=c, STORE_WEIGHT=wants_norm_weight, STORE_BIAS=wants_norm_bias, **_NORM_SUM, **_SMALL,
+            )  # fmt: skip
+
+
+def _refuse_unsupported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    """For callers of the raw operators; the public function has asked :func:`why_not` before."""
+    reason = config.why_not(_name(x.dtype), _name(dtype), x.shape[-1], weight.shape[0])
+    if reason is not None:
+        raise ValueError(f"the Triton kernels do not take this layer norm with linear layer: {reason}")

@@ -1,0 +1,117 @@
+"""What the kernels of this family are made of: tiles of rows, their statistics, products of matrices."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(ptr, offs_row, offs_col, mask_row, mask_col):
+    """fp32 values at ``offs_row + offs_col``, 0 beside the masks."""
+    mask = mask_row[:, None] & mask_col[None, :]
+    return tl.load(ptr + (offs_row[:, None] + offs_col[None, :]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _vector(ptr, offs, size: tl.constexpr, GIVEN: tl.constexpr, otherwise: tl.constexpr, WHOLE: tl.constexpr):
+    """Parameters in fp32, 0 from ``size`` on unless all are inside (WHOLE); ``otherwise`` where there are none."""
+    if not GIVEN:
+        return tl.full(offs.shape, otherwise, tl.float32)
+    elif WHOLE:  # without a mask, neighbours are loaded together
+        return tl.load(ptr + offs).to(tl.float32)
+    else:
+        return tl.load(ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _over(total, C: tl.constexpr):
+    """total / C, exact where that is a number: a product with 1 / C, and what it is off by."""
+    quotient = total * (1 / C)
+    return quotient + (total - quotient * C) * (1 / C)
+
+
+@triton.jit
+def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
+    """Mean and 1/√(variance + ε) of rows in one or two tiles.
+
+    In two passes, the second of which corrects the mean: that of a constant row is its constant, to the bit, and
+    nothing is lost where the mean is thousands of standard deviations.
+    """
+    total = tl.sum(x0, 1)
+    if C1:
+        total += tl.sum(x1, 1)
+    mean = _over(total, C)
+    d0 = tl.where(mask0[None, :], x0 - mean[:, None], 0.0)
+    rest = tl.sum(d0, 1)
+    squares = tl.sum(d0 * d0, 1)
+    if C1:
+        d1 = tl.where(mask1[None, :], x1 - mean[:, None], 0.0)
+        rest += tl.sum(d1, 1)
+        squares += tl.sum(d1 * d1, 1)
+    correction = _over(rest, C)
+    # Squares that overflow are an infinite variance; a correction that did would make it NaN.
+    squares = tl.where(squares < float("inf"), tl.maximum(squares - rest * correction, 0.0), squares)
+    return mean + correction, tl.rsqrt(_over(squares, C) + eps)
+
+
+@triton.jit
+def _normalised(x, mean, rstd, norm_weight, norm_bias):
+    return (x - mean[:, None]) * rstd[:, None] * norm_weight[None, :] + norm_bias[None, :]
+
+
+@triton.jit
+def _weights(ptr, offs_k, offs_c, C: tl.constexpr, D: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_C: tl.constexpr):
+    """A tile of Wᵀ, channels × outputs."""
+    pointers = ptr + (offs_k[None, :] * C + offs_c[:, None])
+    if WHOLE_K and WHOLE_C:  # a load without a mask is copied to shared memory in half the instructions
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(offs_k < D)[None, :] & (offs_c < C)[:, None], other=0.0)
+
+
+@triton.jit
+def _product(
+    a_ptr, offs_a, mask_a, stride_a: tl.constexpr, b_ptr, offs_b, mask_b, stride_b: tl.constexpr, length,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_q a[m, q]·b[q, n] over q < ``length``, (BLOCK_M, BLOCK_N).
+
+    Args:
+        offs_a, offs_b: (BLOCK_M, 1) and (1, BLOCK_N), where each row of a and each column of b begins.
+        stride_a, stride_b: from one q to the next.
+        WHOLE: is ``length`` a multiple of BLOCK_K?
+    """
+    q = tl.arange(0, BLOCK_K)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    a_ptrs = a_ptr + (offs_a + q[None, :] * stride_a)
+    b_ptrs = b_ptr + (offs_b + q[:, None] * stride_b)
+    for start in range(0, length, BLOCK_K):
+        if WHOLE:
+            a = tl.load(a_ptrs, mask=mask_a, other=0.0)
+            b = tl.load(b_ptrs, mask=mask_b, other=0.0)
+        else:
+            inside = start + q < length
+            a = tl.load(a_ptrs, mask=mask_a & inside[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_b & inside[:, None], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        a_ptrs += BLOCK_K * stride_a
+        b_ptrs += BLOCK_K * stride_b
+    return sums
+
+
+@triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile, to be worked on one after the other: with half of the registers."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _preactivation(
+    normed_ptr, weight_ptr, row, p, mask_p, k, mask_k, C: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Normalised rows times Wᵀ, (BLOCK_P, BLOCK_D), without the bias."""
+    return _product(
+        normed_ptr + row.to(tl.int64) * C, p[:, None] * C, mask_p[:, None], 1,
+        weight_ptr, k[None, :] * C, mask_k[None, :], 1, C,
+        BLOCK_P, BLOCK_D, BLOCK_C, C % BLOCK_C == 0, PRECISION,
+    )  # fmt: skip
