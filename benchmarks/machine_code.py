@@ -171,16 +171,11 @@ FAMILIES = {"depthwise": Family(kernels, depthwise_builds, depthwise_maps, depth
 
 # Limits: (what, is it kept?, why). A row is what `report` makes of a kernel on a map.
 
-LIMITS = (
+COMMON_LIMITS = (
     (
         "no spill in a loop",
         lambda row, options: row["spill_in_loops"] == 0,
         "a spilled register costs a store and a load in every trip, through the cache that the maps need",
-    ),
-    (
-        "the loops of the source",
-        lambda row, options: row["loops_as_expected"],
-        "a loop that is missing or doubled means that slots are counted wrong, or that the kernel does nothing",
     ),
     (
         f"registers × threads ≤ {REGISTERS}",
@@ -193,6 +188,14 @@ LIMITS = (
         "the launch fails",
     ),
     ("no atomics", lambda row, options: not row["atomics"], "sums in another order on every run are other bits"),
+)
+LIMITS = (
+    *COMMON_LIMITS,
+    (
+        "the loops of the source",
+        lambda row, options: row["loops_as_expected"],
+        "a loop that is missing or doubled means that slots are counted wrong, or that the kernel does nothing",
+    ),
     (
         "30 s to compile",
         lambda row, options: row["compile_seconds"] <= 30 * options.slow,
@@ -231,7 +234,7 @@ def report(build: Build, arch: int, options: Options) -> list[dict]:
     try:
         common |= _of_kernel(build, compiled := cubin.compile_for(build.source, arch, dict(build.options)))
     except Exception as error:  # whatever compilers and drivers of compilers raise
-        return [_failed(common, f"{type(error).__name__}: {error}")]
+        return [failed(build, arch, f"{type(error).__name__}: {error}")]
     rows = []
     for h, w, strict in FAMILIES[build.family].maps(build, options) or [(None, None, False)]:
         row = common | {"H": h, "W": w, "strict": strict} | _of_map(build, compiled.program, arch, h, w, options)
@@ -239,8 +242,9 @@ def report(build: Build, arch: int, options: Options) -> list[dict]:
     return rows
 
 
-def _failed(common: dict, error: str) -> dict:
-    return common | {"error": error, "broken": ["compiles"]}
+def failed(build: Build, arch: int, error: str) -> dict:
+    """The row of a build that could not be compiled or read."""
+    return _of_build(build, arch) | {"error": error, "broken": ["compiles"]}
 
 
 def _of_build(build: Build, arch: int) -> dict:
@@ -347,8 +351,13 @@ def jobs(archs, dtypes, kernel_sizes, channels) -> list[tuple[Build, int]]:
     return [(build, arch) for arch in archs for build in builds.values()]
 
 
-def run(jobs: list[tuple[Build, int]], options: Options, processes: int) -> Iterator[list[dict]]:
-    """Reports of all jobs, in their order, by processes that compile at the same time. None of them is this one."""
+def run(
+    jobs: list[tuple], options: Options, processes: int, report: Callable = report, failed: Callable = failed
+) -> Iterator[list[dict]]:
+    """Reports of all jobs, in their order, by processes that compile at the same time. None of them is this one.
+
+    A job is what ``report`` takes before the options; ``failed(*job, error)`` is the row of one that has no report.
+    """
     left = list(jobs)
     while left:
         done = 0
@@ -360,16 +369,16 @@ def run(jobs: list[tuple[Build, int]], options: Options, processes: int) -> Iter
                     yield future.result()
                     done += 1
         if left := left[done:]:
-            yield _alone(*left.pop(0), options)
+            yield _alone(left.pop(0), options, report, failed)
 
 
-def _alone(build: Build, arch: int, options: Options) -> list[dict]:
+def _alone(job: tuple, options: Options, report: Callable, failed: Callable) -> list[dict]:
     """A report by a process of its own: when one of several processes dies, nobody knows what it was compiling."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(report, build, arch, options).result()
+            return pool.submit(report, *job, options).result()
         except BrokenProcessPool:
-            return [_failed(_of_build(build, arch), "the process that compiled it died")]
+            return [failed(*job, "the process that compiled it died")]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +28,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import cubin, machine_code
+from benchmarks.launches import captured
 from benchmarks.machine_code import Build, Family, Options, Programs
 from dwconv_kernels.depthwise import launch
 
@@ -103,28 +103,11 @@ def test_everything(arch, dtype):
 # What is compiled here is what a launch compiles
 
 
-# A GPU's driver as far as Triton asks before it compiles; the device is a key of caches that no real one has.
-NO_DRIVER = SimpleNamespace(
-    get_current_device=lambda: "none",
-    get_current_stream=lambda device: 0,
-    get_current_target=lambda: GPUTarget("cuda", 90, 32),
-)
-
-
 @pytest.fixture
-def launches(monkeypatch):
-    """What Triton would have compiled: (kernel, signature, constants, attributes, options) of every launch."""
-    seen = []
-
-    def before_compiling(*, fn, compile, **rest):
-        attributes = {where: found for where, found in compile["configs"][0].items() if found}
-        options = json.loads(compile["specialization_data"])["options"]
-        seen.append((fn.name, compile["signature"], dict(compile["constants"]), attributes, options))
-        return True  # do not compile, do not launch
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", NO_DRIVER)
-    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", before_compiling)
-    return seen
+def launches():
+    """What Triton would have compiled, of every launch."""
+    with captured() as seen:
+        yield seen
 
 
 def as_compiled_here(build):
