@@ -19,8 +19,6 @@ MAX_MATRIX = 2**30  # elements of the weight, and of a block of rows: offsets in
 # Up to here, a row is normalised where it is multiplied. Above, 128 rows and the weights of two blocks of outputs do
 # not fit into half of a multiprocessor's shared memory, and 64 rows would read the weights too often: 8 KB per row.
 MAX_RESIDENT_C = {"half": 192, "fp32": 128}
-# Up to here, one block of the input gradient has all channels of its rows.
-MAX_WHOLE_C = 128
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ def product(dtype: str, length: int, n: int, arch: int, few: bool, tf32: bool = 
     step = _step(length, dtype)
     straight = aligned(length, dtype) and aligned(n, dtype)
     if dtype == "fp32" and not tf32:
-        return Tile(64, 64, 32 if straight else 16, warps=4, stages=3)
+        # Eight warps: with four, ptxas spills in the loop on sm_80, to hold more of them.
+        return Tile(64, 64, 32 if straight else 16, warps=8, stages=3)
     if few or n <= 64:
         return Tile(64, 64, step if straight else step // 2, warps=4, stages=3)
     if dtype == "fp32":
@@ -123,6 +122,15 @@ def weight_gradient(dtype: str, c: int, d: int, arch: int, tf32: bool = False) -
         # Four warps: of two groups of four, ptxas lets the tensor cores wait after each instruction.
         return Tile(128, wide, 64, warps=4, stages=3)
     return Tile(128, wide, 32, warps=8, stages=4)
+
+
+def whole_rows(c: int, arch: int) -> bool:
+    """Does one block of the input gradient have all channels of its rows?
+
+    Then it takes their two means itself. Where all sums are in registers before any is finished, that of 128 channels
+    spills 200 of them without wgmma; the kernel before it then adds up what it needs.
+    """
+    return c <= (128 if shared_kb(arch) > 200 else 64)
 
 
 def few_rows(p: int, n: int, arch: int) -> bool:

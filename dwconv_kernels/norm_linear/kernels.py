@@ -109,9 +109,9 @@ def _norm_linear_fwd_kernel(
         tl.store(y_ptr + (p[:, None] * D + k[None, :]), u.to(dtype), mask=mask_p[:, None] & mask_k[None, :])
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "length"])
 def _norm_linear_product_kernel(
-    normed_ptr, weight_ptr, bias_ptr, y_ptr, P,
+    normed_ptr, weight_ptr, bias_ptr, y_ptr, P, length,
     C: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,9 @@ def _norm_linear_product_kernel(
     p, k = tl.arange(0, BLOCK_P), tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_p, mask_k = row + p < P, k < D
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    u = _preactivation(normed_ptr, weight_ptr, row, p, mask_p, k, mask_k, C, D, BLOCK_P, BLOCK_D, BLOCK_C, PRECISION)
+    u = _preactivation(
+        normed_ptr, weight_ptr, row, p, mask_p, k, mask_k, length, C, D, BLOCK_P, BLOCK_D, BLOCK_C, PRECISION
+    )
     u += _vector(bias_ptr, k, D, HAS_BIAS, 0.0, D % BLOCK_D == 0).to(dtype).to(tl.float32)[None, :]
     if GELU:
         u = gelu(u, dtype)

@@ -53,9 +53,9 @@ def _finish_du(
         return 0.0, 0.0
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "length"])
 def _norm_linear_bwd_du_kernel(
-    xhat_ptr, folded_ptr, vectors_ptr, dy_ptr, du_ptr, sums_ptr, partials_ptr, P,
+    xhat_ptr, folded_ptr, vectors_ptr, dy_ptr, du_ptr, sums_ptr, partials_ptr, P, length,
     C: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def _norm_linear_bwd_du_kernel(
     mask_p = row + p < P
     if GELU or SUMS:
         product = _preactivation(
-            xhat_ptr, folded_ptr, row, p, mask_p, k, k < D, C, D, BLOCK_P, BLOCK_D, BLOCK_C, PRECISION
+            xhat_ptr, folded_ptr, row, p, mask_p, k, k < D, length, C, D, BLOCK_P, BLOCK_D, BLOCK_C, PRECISION
         )
     else:
         product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
@@ -102,16 +102,16 @@ def _store_dx(g, xhat, rstd, sum_g, sum_gx, dx_ptr, p, c, mask_p, C: tl.constexp
     tl.store(dx_ptr + (p[:, None] * C + c[None, :]), dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "length", "sum_blocks"])
 def _norm_linear_bwd_x_kernel(
-    du_ptr, folded_ptr, x_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, P, stride_x,
-    C: tl.constexpr, D: tl.constexpr, DENSE: tl.constexpr, WHOLE_ROWS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    du_ptr, folded_ptr, x_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, P, stride_x, length, sum_blocks,
+    C: tl.constexpr, D: tl.constexpr, DENSE: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of a block of rows and channels, from g = du·(W∘γ).
 
     WHOLE_ROWS: the block has all channels, and the two means over them are taken here. Else they are the sums of
-    _norm_linear_bwd_du_kernel, ``SUM_BLOCKS`` of them.
+    _norm_linear_bwd_du_kernel, ``sum_blocks`` of them.
     """
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     HALF: tl.constexpr = BLOCK_C // 2
@@ -121,7 +121,7 @@ def _norm_linear_bwd_x_kernel(
     mask_p = row + p < P
     g = _product(
         du_ptr + row.to(tl.int64) * D, p[:, None] * D, mask_p[:, None], 1,
-        folded_ptr, c[None, :], (c < C)[None, :], C, D,
+        folded_ptr, c[None, :], (c < C)[None, :], C, length,
         BLOCK_P, BLOCK_C, BLOCK_D, D % BLOCK_D == 0, PRECISION,
     )  # fmt: skip
     if DENSE:
@@ -136,7 +136,7 @@ def _norm_linear_bwd_x_kernel(
     else:
         sum_g = tl.zeros((BLOCK_P,), tl.float32)
         sum_gx = tl.zeros((BLOCK_P,), tl.float32)
-        for _ in range(SUM_BLOCKS):
+        for _ in range(sum_blocks):
             sum_g += tl.load(sums_ptr + row + p, mask=mask_p, other=0.0)
             sum_gx += tl.load(sums_ptr + P.to(tl.int64) + row + p, mask=mask_p, other=0.0)
             sums_ptr += 2 * P.to(tl.int64)

@@ -123,7 +123,7 @@ def _forward_of_wide_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, r
     arch = runtime.arch(y)
     tile = config.product(_NAMES[y.dtype], rows.c, d, arch, config.few_rows(rows.p, d, arch), tf32)
     kernels._norm_linear_product_kernel[(-(-rows.p // tile.m) * -(-d // tile.n),)](
-        normed, weight, _vector(bias, mean), y, rows.p,
+        normed, weight, _vector(bias, mean), y, rows.p, rows.c,
         C=rows.c, D=d, HAS_BIAS=bias is not None, GELU=activation is not None, BLOCK_P=tile.m, BLOCK_D=tile.n,
         BLOCK_C=tile.k, PRECISION=precision, **tile.options(),
     )  # fmt: skip
@@ -187,7 +187,7 @@ class _Backward:
         self.name, (self.tf32, self.precision) = _NAMES[dy.dtype], _precision(dy.dtype)
         self.d, self.arch = weight.shape[0], runtime.arch(x)
         self.dy = _dense(dy.reshape(self.rows.p, self.d), dy.dtype)
-        self.whole = self.rows.c <= config.MAX_WHOLE_C
+        self.whole = config.whole_rows(self.rows.c, self.arch)
         self.sums = wanted[0] and not self.whole
         product = activation is not None or self.sums
         self.needs_g = wanted[1] or wanted[3]
@@ -222,7 +222,7 @@ class _Backward:
         if not (gelu or self.sums or parameters):
             return
         kernels._norm_linear_bwd_du_kernel[(self.row_blocks * self.column_blocks,)](
-            self.xhat, self.folded, self.vectors, self.dy, self.du, self.row_sums, self.partials, p,
+            self.xhat, self.folded, self.vectors, self.dy, self.du, self.row_sums, self.partials, p, c,
             C=c, D=d, GELU=gelu, SUMS=self.sums, PARTIALS=parameters, BLOCK_P=tile.m, BLOCK_D=tile.n, BLOCK_C=tile.k,
             PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
@@ -233,7 +233,8 @@ class _Backward:
         n = max(tile.n, 1 << (rows.c - 1).bit_length()) if self.whole else tile.n
         kernels._norm_linear_bwd_x_kernel[(-(-rows.p // tile.m) * -(-rows.c // n),)](
             self.du, self.folded, rows.x, self.mean, self.rstd, self.row_sums, dx, rows.p, rows.stride,
-            **rows.constants, D=self.d, WHOLE_ROWS=self.whole, SUM_BLOCKS=self.column_blocks if self.sums else 0,
+            self.d, self.column_blocks,
+            **rows.constants, D=self.d, WHOLE_ROWS=self.whole,
             BLOCK_P=tile.m, BLOCK_D=tile.k, BLOCK_C=n, PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
 

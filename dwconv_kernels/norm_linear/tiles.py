@@ -78,6 +78,7 @@ def _product(
     Args:
         offs_a, offs_b: (BLOCK_M, 1) and (1, BLOCK_N), where each row of a and each column of b begins.
         stride_a, stride_b: from one q to the next.
+        length: a constant would be unrolled, up to thousands of instructions.
         WHOLE: is ``length`` a multiple of BLOCK_K?
     """
     q = tl.arange(0, BLOCK_K)
@@ -106,12 +107,12 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _preactivation(
-    normed_ptr, weight_ptr, row, p, mask_p, k, mask_k, C: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
+    normed_ptr, weight_ptr, row, p, mask_p, k, mask_k, length, C: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalised rows times Wᵀ, (BLOCK_P, BLOCK_D), without the bias."""
     return _product(
         normed_ptr + row.to(tl.int64) * C, p[:, None] * C, mask_p[:, None], 1,
-        weight_ptr, k[None, :] * C, mask_k[None, :], 1, C,
+        weight_ptr, k[None, :] * C, mask_k[None, :], 1, length,
         BLOCK_P, BLOCK_D, BLOCK_C, C % BLOCK_C == 0, PRECISION,
     )  # fmt: skip
