@@ -127,8 +127,8 @@ def weight_gradient(dtype: str, c: int, d: int, arch: int, tf32: bool = False) -
 def whole_rows(c: int, arch: int) -> bool:
     """Does one block of the input gradient have all channels of its rows?
 
-    Then it takes their two means itself. Where all sums are in registers before any is finished, that of 128 channels
-    spills 200 of them without wgmma; the kernel before it then adds up what it needs.
+    Then it takes their two means itself, with all sums in registers before any is finished: of 128 channels, without
+    wgmma, that spills 200 registers. Else the kernel before it adds up what the means are made of.
     """
     return c <= (128 if shared_kb(arch) > 200 else 64)
 

@@ -121,7 +121,7 @@ def _norm_linear_bwd_x_kernel(
     mask_p = row + p < P
     g = _product(
         du_ptr + row.to(tl.int64) * D, p[:, None] * D, mask_p[:, None], 1,
-        folded_ptr, c[None, :], (c < C)[None, :], C, length,
+        folded_ptr, c[None, :], (c < C)[None, :], C, length, D,
         BLOCK_P, BLOCK_C, BLOCK_D, D % BLOCK_D == 0, PRECISION,
     )  # fmt: skip
     if DENSE:
@@ -162,9 +162,10 @@ def _norm_linear_bwd_weight_kernel(
     k = tile // blocks_c * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     first = part.to(tl.int64) * rows
+    length = tl.minimum(rows, P - part * rows)
     sums = _product(
         du_ptr + first * D, k[:, None], (k < D)[:, None], D,
-        xhat_ptr + first * C, c[None, :], (c < C)[None, :], C, tl.minimum(rows, P - part * rows),
+        xhat_ptr + first * C, c[None, :], (c < C)[None, :], C, length, length,
         BLOCK_D, BLOCK_C, BLOCK_P, False, PRECISION,
     )  # fmt: skip
     parts_ptr += part.to(tl.int64) * (D * C)

@@ -71,15 +71,17 @@ def _weights(ptr, offs_k, offs_c, C: tl.constexpr, D: tl.constexpr, WHOLE_K: tl.
 @triton.jit
 def _product(
     a_ptr, offs_a, mask_a, stride_a: tl.constexpr, b_ptr, offs_b, mask_b, stride_b: tl.constexpr, length,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_q a[m, q]·b[q, n] over q < ``length``, (BLOCK_M, BLOCK_N).
 
     Args:
         offs_a, offs_b: (BLOCK_M, 1) and (1, BLOCK_N), where each row of a and each column of b begins.
         stride_a, stride_b: from one q to the next.
-        length: a constant would be unrolled, up to thousands of instructions.
-        WHOLE: is ``length`` a multiple of BLOCK_K?
+        length, end: the same, the number of products. As a constant, ``length`` would be unrolled to thousands of
+            instructions, while ``end`` as a constant tells which neighbours can be loaded together.
+        WHOLE: is it a multiple of BLOCK_K?
     """
     q = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -90,7 +92,7 @@ def _product(
             a = tl.load(a_ptrs, mask=mask_a, other=0.0)
             b = tl.load(b_ptrs, mask=mask_b, other=0.0)
         else:
-            inside = start + q < length
+            inside = start + q < end
             a = tl.load(a_ptrs, mask=mask_a & inside[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=mask_b & inside[:, None], other=0.0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
@@ -113,6 +115,6 @@ def _preactivation(
     """Normalised rows times Wᵀ, (BLOCK_P, BLOCK_D), without the bias."""
     return _product(
         normed_ptr + row.to(tl.int64) * C, p[:, None] * C, mask_p[:, None], 1,
-        weight_ptr, k[None, :] * C, mask_k[None, :], 1, length,
+        weight_ptr, k[None, :] * C, mask_k[None, :], 1, length, C,
         BLOCK_P, BLOCK_D, BLOCK_C, C % BLOCK_C == 0, PRECISION,
     )  # fmt: skip
