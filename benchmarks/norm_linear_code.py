@@ -111,14 +111,8 @@ def jobs(archs, dtypes, channels, everything: bool) -> list[tuple[Build, int]]:
     return found
 
 
-def _is_product(row: dict) -> bool:
-    return row["kernel"] in ("_norm_linear_fwd_kernel", "_norm_linear_product_kernel", "_norm_linear_bwd_x_kernel") or (
-        row["kernel"] in ("_norm_linear_bwd_du_kernel", "_norm_linear_bwd_weight_kernel")
-    )
-
-
 def _is_wgmma(row: dict) -> bool:
-    return _is_product(row) and row["arch"] == 90 and (row["dtype"] != "fp32" or row["tf32"])
+    return row["tile"] != [0, 0] and row["arch"] == 90 and (row["dtype"] != "fp32" or row["tf32"])
 
 
 LIMITS = (
@@ -183,7 +177,9 @@ def _sizes(build: Build) -> tuple[int, int, int]:
     match build.launch.kernel:
         case "_norm_linear_fwd_kernel":
             return b["BLOCK_P"], b["BLOCK_D"], b["C0"] + b["C1"]
-        case "_norm_linear_product_kernel" | "_norm_linear_bwd_du_kernel":
+        case "_norm_linear_product_kernel":
+            return b["BLOCK_P"], b["BLOCK_D"], b["BLOCK_C"]
+        case "_norm_linear_bwd_du_kernel" if b["GELU"] or b["SUMS"]:  # else it only adds up columns
             return b["BLOCK_P"], b["BLOCK_D"], b["BLOCK_C"]
         case "_norm_linear_bwd_x_kernel":
             return b["BLOCK_P"], b["BLOCK_C"], b["BLOCK_D"]

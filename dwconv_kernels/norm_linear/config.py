@@ -75,17 +75,16 @@ def split(c: int) -> tuple[int, int]:
 
 
 @cache
-def resident(dtype: str, x: str, c: int, arch: int) -> Tile | None:
+def resident(dtype: str, c: int, d: int) -> Tile | None:
     """The forward kernel that keeps its rows: m rows, n outputs at a time. None where it is not to be used."""
+    straight = aligned(c, dtype) and aligned(d, dtype)
     if c > MAX_RESIDENT_C[_kind(dtype)]:
         return None
     if dtype == "fp32":
-        return Tile(64, 32, 0, warps=4, stages=2)
-    # 64 outputs: with 128, 128 channels take 150 registers, and one program a multiprocessor. Unaligned rows of weights
-    # are copied through registers, an element each.
-    narrow = 64 if aligned(c, dtype) else 32
-    # Where a row is split, loading and normalising it takes more registers than all that follows.
-    return Tile(128, narrow, 0, warps=8, stages=2, registers=128 if aligned(c, dtype) else None)
+        return Tile(64, 32, 0, warps=4 if straight else 8, stages=2)
+    # 64 outputs: with 128, 128 channels take 150 registers, and one program a multiprocessor. With 128 registers there
+    # are two; what is loaded and stored an element at a time takes more of them, and would spill in the loop.
+    return Tile(128, 64 if straight else 32, 0, warps=8, stages=2, registers=128 if straight else None)
 
 
 @cache
@@ -95,13 +94,13 @@ def product(dtype: str, length: int, n: int, arch: int, few: bool, tf32: bool = 
     straight = aligned(length, dtype) and aligned(n, dtype)
     if dtype == "fp32" and not tf32:
         # Eight warps: with four, ptxas spills in the loop on sm_80, to hold more of them.
-        return Tile(64, 64, 32 if straight else 16, warps=8, stages=3)
+        return Tile(64, 64, 32, warps=8, stages=3)
+    if not straight:
+        return Tile(64, 64, 32 if dtype != "fp32" else 16, warps=4, stages=2)
     if few or n <= 64:
-        return Tile(64, 64, step if straight else step // 2, warps=4, stages=3)
+        return Tile(64, 64, step, warps=4, stages=3)
     if dtype == "fp32":
         return Tile(128, 64, step, warps=8, stages=3)
-    if not straight:
-        return Tile(128, 64, 32, warps=8, stages=2)
     if shared_kb(arch) > 200:
         # Two programs a multiprocessor, so that one multiplies while the other is at its GELU: with 128 registers.
         return Tile(128, 128, step, warps=8, stages=3, registers=128)
@@ -109,14 +108,13 @@ def product(dtype: str, length: int, n: int, arch: int, few: bool, tf32: bool = 
 
 
 @cache
-def weight_gradient(dtype: str, c: int, d: int, arch: int, tf32: bool = False) -> Tile:
+def weight_gradient(dtype: str, c: int, d: int, arch: int) -> Tile:
     """The tile of duᵀ·x̂: m outputs × n channels, k rows a step."""
-    if dtype == "fp32" and not tf32:
-        return Tile(64, 64, 32 if aligned(c, dtype) and aligned(d, dtype) else 16, warps=4, stages=3)
     wide = 128 if -(-c // 128) * 128 < c * 4 / 3 or -(-c // 64) * 64 == -(-c // 128) * 128 else 64
+    straight = aligned(c, dtype) and aligned(d, dtype)
     if dtype == "fp32":
-        return Tile(64, 64, 32, warps=4, stages=3)
-    if not (aligned(c, dtype) and aligned(d, dtype)):
+        return Tile(64, 64, 32, warps=4 if straight else 8, stages=3)
+    if not straight:
         return Tile(64, 64, 32, warps=4, stages=2)
     if shared_kb(arch) > 200:
         # Four warps: of two groups of four, ptxas lets the tensor cores wait after each instruction.

@@ -95,7 +95,7 @@ def norm_linear_forward(
         return y, mean, rstd
     with runtime.on_device(x):
         rows, weight = _rows(x), _dense(weight, dtype)
-        tile = config.resident(_NAMES[dtype], _NAMES[x.dtype], rows.c, runtime.arch(x))
+        tile = config.resident(_NAMES[dtype], rows.c, weight.shape[0])
         arguments = (rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation)
         if tile is None:
             _forward_of_wide_rows(*arguments)
@@ -241,7 +241,7 @@ class _Backward:
     def _weight_parts(self) -> Tensor:
         """G in parts (parts, D, C)."""
         p, c, d = self.rows.p, self.rows.c, self.d
-        tile = config.weight_gradient(self.name, c, d, self.arch, self.tf32)
+        tile = config.weight_gradient(self.name, c, d, self.arch)
         tiles = -(-d // tile.m) * -(-c // tile.n)
         rows = config.rows_per_part(self.arch, tiles, p, tile.k)
         parts = self.mean.new_empty((-(-p // rows), d, c))

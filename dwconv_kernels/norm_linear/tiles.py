@@ -36,10 +36,11 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
     In two passes, the second of which corrects the mean: that of a constant row is its constant, to the bit, and
     nothing is lost where the mean is thousands of standard deviations.
     """
-    total = tl.sum(x0, 1)
+    # Up to 2^14 numbers, so their sum does not overflow; what becomes too small that way, the second pass adds.
+    total = tl.sum(x0 * 2**-14, 1)
     if C1:
-        total += tl.sum(x1, 1)
-    mean = _over(total, C)
+        total += tl.sum(x1 * 2**-14, 1)
+    mean = _over(total, C) * 2**14
     d0 = tl.where(mask0[None, :], x0 - mean[:, None], 0.0)
     rest = tl.sum(d0, 1)
     squares = tl.sum(d0 * d0, 1)
@@ -48,9 +49,10 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
         rest += tl.sum(d1, 1)
         squares += tl.sum(d1 * d1, 1)
     correction = _over(rest, C)
-    # Squares that overflow are an infinite variance; a correction that did would make it NaN.
-    squares = tl.where(squares < float("inf"), tl.maximum(squares - rest * correction, 0.0), squares)
-    return mean + correction, tl.rsqrt(_over(squares, C) + eps)
+    variance = _over(tl.maximum(squares - rest * correction, 0.0, propagate_nan=tl.PropagateNan.ALL), C)
+    # Squares that overflow are an infinite variance, as in PyTorch; computed as above it would be NaN.
+    variance = tl.where(squares == float("inf"), squares, variance)
+    return mean + correction, tl.rsqrt(variance + eps)
 
 
 @triton.jit

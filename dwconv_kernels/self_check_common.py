@@ -1,0 +1,39 @@
+"""What the checks of all families share: dtypes, random operands, the comparison of bits and of kinds of numbers.
+
+A family's module has ``CASES``, ``CHECKS``, ``configuration(case, shape, device)``, which names the kernels and tiles of a
+case, and ``reasons(case, shape, device)``, which says why they were taken. Its cases have the fields ``family``, ``shape``,
+``small`` (what is run in the interpreter) and ``checks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+REPEATS = 100  # of a call whose bits have to stay the same; in the interpreter, 2
+Results = dict[str, Tensor]
+
+
+def normal(seed: int) -> Callable[[Sequence[int]], Tensor]:
+    """Makes tensors of normal values of a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(tuple(shape), generator=generator)
+
+
+def assert_same_bits(compute: Callable[[], Results], device: str | torch.device) -> None:
+    """``compute`` has the same results every time."""
+    first = compute()
+    for repeat in range(2, (REPEATS if torch.device(device).type == "cuda" else 2) + 1):
+        for name, again in compute().items():
+            if not torch.equal(again, first[name]):
+                place = tuple(again.ne(first[name]).nonzero()[0].tolist())
+                values = f"{again[place].item()} instead of {first[name][place].item()}"
+                raise AssertionError(f"{name}: run {repeat} differs from the first, at {place}: {values}")
+
+
+def kind(t: Tensor) -> Tensor:
+    """0 for finite values, ±1 for ±Inf, 2 for NaN."""
+    return torch.where(t.isnan(), 2.0, torch.where(t.isinf(), t.sign(), 0.0).float())
