@@ -176,6 +176,7 @@ class Program:
 
 def _blocks(instructions: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict[int, list[int]]]:
     """Basic blocks by the number of their first instruction, and where each may go on; an empty one is the end."""
+    instructions = _without_traps(instructions)
     # In loops, ptxas may jump with CALL.REL.NOINC; it is a call only where something returns.
     jumping = ("BRA",) if any(i.opcode.startswith("RET") for i in instructions) else ("BRA", "CALL.REL.NOINC")
     jumps = {at: _jump(i, len(instructions), jumping) for at, i in enumerate(instructions)}
@@ -188,6 +189,24 @@ def _blocks(instructions: list[Instruction]) -> tuple[dict[int, list[Instruction
         blocks[start] = instructions[start:end]
         successors[start] = [to for to in (target, end if falls else None) if to is not None]
     return blocks, successors
+
+
+def _without_traps(instructions: list[Instruction]) -> list[Instruction]:
+    """Calls of what only stops the program, which sm_100 has where tensor memory is taken, as instructions like others.
+
+    What is called, from BPT.TRAP to the return, becomes an end that nothing leads to.
+    """
+    traps, at = set(), 0
+    found = list(instructions)
+    while at < len(found):
+        if found[at].opcode.startswith("BPT.TRAP"):
+            end = next((to for to in range(at, min(at + 4, len(found))) if found[to].opcode.startswith("RET")), None)
+            if end is not None:
+                traps.add(f"{found[at].address:#x}")
+                found[end] = found[end]._replace(predicate="", opcode="EXIT", operands="")
+        at += 1
+    calls = re.compile(r"CALL\.REL\.NOINC$")
+    return [i._replace(opcode="TRAP") if calls.match(i.opcode) and i.operands.strip() in traps else i for i in found]
 
 
 def _jump(instruction: Instruction, count: int, jumping: tuple[str, ...]) -> tuple[int | None, bool]:

@@ -69,9 +69,9 @@ class Build:
         return {names[where[0]]: value for where, value in self.launch.constants.items()}
 
 
-def launches(call: Call, arch: int) -> list[Launch]:
-    """Every kernel of a forward and a backward pass, once."""
-    rows = 64 if call.few else 128 * 170  # a block of rows for each multiprocessor of the largest GPU
+def launches(call: Call, arch: int, rows: int = 128 * 170) -> list[Launch]:
+    """Every kernel of a forward and a backward pass, once; 170 multiprocessors are the most that any GPU has."""
+    rows = 64 if call.few else rows
     dtype, x_dtype = DTYPES[call.dtype], DTYPES[call.x_dtype or call.dtype]
     x, dy = torch.empty(rows, call.c, dtype=x_dtype), torch.empty(rows, call.d, dtype=dtype)
     norm = [torch.empty(call.c, dtype=x_dtype) for _ in range(2)]
