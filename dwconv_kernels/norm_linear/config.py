@@ -14,6 +14,7 @@ from ..devices import multiprocessors, shared_kb
 DTYPES = ("bf16", "fp16", "fp32")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 MAX_C = 16_384  # channels of a row that one program normalises: 32 values in each of 512 lanes
+PARTS_PER_SUM = 64  # 3000 blocks of rows, one after the other, would take as long as a tenth of a backward pass
 MAX_MATRIX = 2**30  # elements of the weight, and of a block of rows: offsets inside of them are 32 bits
 
 # Up to here, a row is normalised where it is multiplied. Above, 128 rows and the weights of two blocks of outputs do

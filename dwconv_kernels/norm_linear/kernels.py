@@ -13,6 +13,7 @@ from .kernels_backward import (
     _norm_linear_bwd_du_kernel,
     _norm_linear_bwd_weight_kernel,
     _norm_linear_bwd_x_kernel,
+    _norm_linear_column_sum_kernel,
     _norm_linear_finish_kernel,
     _norm_linear_fold_kernel,
     _norm_linear_norm_sum_kernel,
@@ -21,8 +22,9 @@ from .tiles import _normalised, _preactivation, _statistics, _tile, _vector, _we
 
 __all__ = [
     "_norm_linear_bwd_du_kernel", "_norm_linear_bwd_weight_kernel", "_norm_linear_bwd_x_kernel",
-    "_norm_linear_finish_kernel", "_norm_linear_fold_kernel", "_norm_linear_fwd_kernel", "_norm_linear_norm_kernel",
-    "_norm_linear_norm_sum_kernel", "_norm_linear_product_kernel",
+    "_norm_linear_column_sum_kernel", "_norm_linear_finish_kernel", "_norm_linear_fold_kernel",
+    "_norm_linear_fwd_kernel", "_norm_linear_norm_kernel", "_norm_linear_norm_sum_kernel",
+    "_norm_linear_product_kernel",
 ]  # fmt: skip
 
 

@@ -183,6 +183,20 @@ def _sum_of_parts(ptr, stride, parts, offs, mask, BLOCK: tl.constexpr, SIZE: tl.
     return tl.sum(sums, 0)
 
 
+@triton.jit(do_not_specialize=["parts", "group"])
+def _norm_linear_column_sum_kernel(
+    partials_ptr, out_ptr, parts, group,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out (groups, D): sums of ``group`` rows of partials (parts, D) each, where those are too many to go on with."""
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    first = tl.program_id(0) // blocks * group
+    k = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    partials_ptr += first.to(tl.int64) * D
+    sums = _sum_of_parts(partials_ptr, D, tl.minimum(group, parts - first), k, k < D, BLOCK_P, BLOCK_D)
+    tl.store(out_ptr + (tl.program_id(0) // blocks).to(tl.int64) * D + k, sums, mask=k < D)
+
+
 @triton.jit(do_not_specialize=["parts", "row_blocks"])
 def _norm_linear_finish_kernel(
     parts_ptr, partials_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, dw_ptr, db_ptr, norm_parts_ptr, parts,
@@ -204,9 +218,10 @@ def _norm_linear_finish_kernel(
     offs, mask = k[:, None] * C + c[None, :], (k < D)[:, None] & (c < C)[None, :]
     if HAS_PARTS:
         g = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
-        for _ in range(parts):
-            g += tl.load(parts_ptr + offs, mask=mask, other=0.0)
-            parts_ptr += D * C
+        for start in range(0, parts, 8):
+            for ahead in tl.static_range(8):  # loads that wait together
+                g += tl.load(parts_ptr + ahead * D * C + offs, mask=mask & (start + ahead < parts), other=0.0)
+            parts_ptr += 8 * D * C
     if STORE_DW:
         dw = g * _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, C % BLOCK_C == 0)[None, :]
         if HAS_NORM_BIAS:

@@ -17,7 +17,8 @@ from . import config, kernels
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FOLD = {"BLOCK_D": 16, "BLOCK_C": 128}
-_FINISH = {"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_C": 64}
+_COLUMN_SUM = {"BLOCK_P": 32, "BLOCK_D": 64}
+_FINISH = {"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_C": 32}
 _NORM_SUM = {"BLOCK_P": 32, "BLOCK_C": 32}
 _SMALL = {"num_warps": 4, "num_stages": 1}
 
@@ -251,15 +252,27 @@ class _Backward:
         )  # fmt: skip
         return parts
 
+    def _fewer_partials(self) -> Tensor:
+        """The parts of db, so few that a program that finishes a block of dW can add up those of its own outputs."""
+        group = config.PARTS_PER_SUM
+        if self.row_blocks <= group:
+            return self.partials
+        fewer = self.mean.new_empty((-(-self.row_blocks // group), self.d))
+        kernels._norm_linear_column_sum_kernel[(len(fewer) * -(-self.d // _COLUMN_SUM["BLOCK_D"]),)](
+            self.partials, fewer, self.row_blocks, group, D=self.d, **_COLUMN_SUM, **_SMALL,
+        )  # fmt: skip
+        return fewer
+
     def parameter_gradients(self, dnorm_weight: Tensor, dnorm_bias: Tensor, dw: Tensor, db: Tensor) -> None:
         """Fills those that are wanted."""
         c, d, (_, wants_norm_weight, wants_norm_bias, wants_dw, wants_db) = self.rows.c, self.d, self.wanted
         parts = self._weight_parts() if self.needs_g else self.mean.new_empty((0, d, c))
+        partials = self._fewer_partials()
         blocks_d, blocks_c = -(-d // _FINISH["BLOCK_D"]), -(-c // _FINISH["BLOCK_C"])
         norm_parts = self.mean.new_empty((blocks_d, 2, c))
         kernels._norm_linear_finish_kernel[(blocks_d * blocks_c,)](
-            parts, self.partials, self.weight, _vector(self.norm_weight, self.mean),
-            _vector(self.norm_bias, self.mean), dw, db, norm_parts, len(parts), self.row_blocks,
+            parts, partials, self.weight, _vector(self.norm_weight, self.mean),
+            _vector(self.norm_bias, self.mean), dw, db, norm_parts, len(parts), len(partials),
             C=c, D=d, **_given(norm_weight=self.norm_weight, norm_bias=self.norm_bias), HAS_PARTS=self.needs_g,
             STORE_DW=wants_dw, STORE_DB=wants_db, NORM_PARTS=wants_norm_weight or wants_norm_bias, **_FINISH, **_SMALL,
         )  # fmt: skip

@@ -25,7 +25,8 @@ FORWARD = {"_norm_linear_fwd_kernel"}
 WIDE = {"_norm_linear_norm_kernel", "_norm_linear_product_kernel"}
 BACKWARD = {
     "_norm_linear_norm_kernel", "_norm_linear_fold_kernel", "_norm_linear_bwd_du_kernel", "_norm_linear_bwd_x_kernel",
-    "_norm_linear_bwd_weight_kernel", "_norm_linear_finish_kernel", "_norm_linear_norm_sum_kernel",
+    "_norm_linear_bwd_weight_kernel", "_norm_linear_column_sum_kernel", "_norm_linear_finish_kernel",
+    "_norm_linear_norm_sum_kernel",
 }  # fmt: skip
 
 
