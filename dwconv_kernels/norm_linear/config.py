@@ -76,16 +76,19 @@ def split(c: int) -> tuple[int, int]:
 
 
 @cache
-def resident(dtype: str, c: int, d: int) -> Tile | None:
+def resident(dtype: str, c: int, d: int, arch: int) -> Tile | None:
     """The forward kernel that keeps its rows: m rows, n outputs at a time. None where it is not to be used."""
     straight = aligned(c, dtype) and aligned(d, dtype)
     if c > MAX_RESIDENT_C[_kind(dtype)]:
         return None
     if dtype == "fp32":
         return Tile(64, 32, 0, warps=4 if straight else 8, stages=2)
-    # 64 outputs: with 128, 128 channels take 150 registers, and one program a multiprocessor. With 128 registers there
-    # are two; what is loaded and stored an element at a time takes more of them, and would spill in the loop.
-    return Tile(128, 64 if straight else 32, 0, warps=8, stages=2, registers=128 if straight else None)
+    if not straight:  # what is loaded and stored an element at a time takes more registers
+        return Tile(64, 32, 0, warps=8, stages=2)
+    # 64 outputs: with 128, 128 channels take 150 registers, and one program a multiprocessor; with 128 registers there
+    # are two, where shared memory has room for the rows of both.
+    two = c <= 128 or shared_kb(arch) > 200
+    return Tile(128, 64, 0, warps=8, stages=2, registers=128 if two else None)
 
 
 @cache

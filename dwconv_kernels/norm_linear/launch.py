@@ -96,7 +96,7 @@ def norm_linear_forward(
         return y, mean, rstd
     with runtime.on_device(x):
         rows, weight = _rows(x), _dense(weight, dtype)
-        tile = config.resident(_NAMES[dtype], rows.c, weight.shape[0])
+        tile = config.resident(_NAMES[dtype], rows.c, weight.shape[0], runtime.arch(x))
         arguments = (rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation)
         if tile is None:
             _forward_of_wide_rows(*arguments)
