@@ -7,12 +7,14 @@
 Every kernel is compiled as it is for users, run forward and backward, and held against float64 on the CPU:
 
 - exact: operands are whole numbers, so each element has to be the right one;
-- rounding: random operands, each element within the rounding bound of its sum (see :mod:`dwconv_kernels.testing`);
-- same bits: the same call gives the same result every time;
+- rounding: random operands, each element within the rounding bound of its sum (see :mod:`dwconv_kernels.testing`, and
+  for layer norm + linear :func:`dwconv_kernels.self_check_norm_linear_bounds.bounds`);
+- same bits: the same call gives the same result every time (in the interpreter, of the first cases only);
 - Inf and NaN: they reach the outputs that the formula says and no others.
 
 Without a GPU that the kernels run on, it checks them in Triton's interpreter on small maps, and says so. The exit code
-is 0 where every check passed, 1 where one failed, and 2 where nothing could be checked, with the reason.
+is 0 where every check passed, 1 where one failed, and 2 where nothing could be checked, with the reason. Where the
+kernels of one family cannot be loaded, the other's are checked, and that is one failure, with the reason.
 """
 
 from __future__ import annotations
@@ -27,8 +29,7 @@ import re
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -36,8 +37,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from . import runtime, self_check_depthwise, self_check_norm_linear
 from ._version import __version__
@@ -76,28 +75,48 @@ def run(device: str | torch.device = "cuda", quick: bool = False) -> list[Result
     Raises:
         RuntimeError: the kernels cannot run there, with the reason.
     """
-    reason = _why_not(torch.device(device))
+    reason = _why_nothing(torch.device(device))
     if reason is not None:
         raise RuntimeError(reason)
     return list(itertools.chain.from_iterable(_results(device, quick, jobs=1)))
 
 
-def _why_not(device: torch.device) -> str | None:
-    """Why nothing can be checked on a device; None where it can."""
+def _why_not(family: str, device: torch.device) -> str | None:
+    """Why the kernels of one family cannot be checked on a device; None where they can."""
     try:
-        runtime.launchers("depthwise")
+        runtime.launchers(family)
         if device.type == "cuda" and runtime.INTERPRETER:
             return "TRITON_INTERPRET is set, which keeps kernels from being compiled for a GPU"
-        return runtime.why_not_device("depthwise", torch.empty(0, device=device))
+        return runtime.why_not_device(family, torch.empty(0, device=device))
     except (RuntimeError, ImportError, AssertionError) as error:  # the last is what a CPU build says to "cuda"
         return str(error).splitlines()[0]
 
 
+def _why_nothing(device: torch.device) -> str | None:
+    """Why no family can be checked on a device; None where one can."""
+    reasons = [_why_not(family, device) for family in FAMILIES]
+    return None if None in reasons else reasons[0]
+
+
+def _cases(family: str, quick: bool, device: torch.device) -> list[NamedTuple]:
+    cases = [case for case in CASES if case.family == family]
+    cases, more = cases[:QUICK], [] if quick else cases[QUICK:]
+    if device.type == "cpu":  # the interpreter runs one program after the other: one more time says little
+        more = [case._replace(checks=tuple(check for check in case.checks if check != "same bits")) for case in more]
+    return cases + more
+
+
 def _results(device: str | torch.device, quick: bool, jobs: int) -> Iterator[list[Result]]:
-    """The results of each case, as they come."""
-    cases = CASES[:QUICK] if quick else CASES
+    """The results of each case, as they come; for a family that cannot be loaded where another can, one that failed."""
+    cases = []
+    for family in FAMILIES:
+        reason = _why_not(family, torch.device(device))
+        if reason is None:
+            cases += _cases(family, quick, torch.device(device))
+        else:
+            yield [Result("load", f"the kernels of {family}", "none of them was checked", reason, 0)]
     check, jobs = partial(check_case, device=device), min(jobs, len(cases))
-    if jobs == 1:
+    if jobs <= 1:
         yield from map(check, cases)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -113,22 +132,26 @@ def _results(device: str | torch.device, quick: bool, jobs: int) -> Iterator[lis
                 yield [Result("process", str(case), "--jobs 1 shows which", "its process died, or another one did", 0)]
 
 
-def check_case(case: Case, device: str | torch.device) -> list[Result]:
+def check_case(case: NamedTuple, device: str | torch.device) -> list[Result]:
     """All checks of one case; whatever is raised is a failure of that check."""
-    shape = case.small if torch.device(device).type == "cpu" else case.shape
+    family, shape = FAMILIES[case.family], _shape(case, torch.device(device))
     name = f"{case} on {'×'.join(map(str, shape))}"
     results = []
     for check in case.checks:
         error, start = None, time.perf_counter()
         try:
-            with runtime.backend("triton"), runtime.strict() if case.strict else contextlib.nullcontext():
-                CHECKS[check](case, shape, device)
+            with runtime.backend("triton"):
+                family.CHECKS[check](case, shape, device)
         except Exception as problem:
             error = f"{'' if isinstance(problem, AssertionError) else f'{type(problem).__name__}: '}{problem}"
             error = " ".join(error.split())[:500]
         seconds = time.perf_counter() - start
-        results.append(Result(check, name, _configuration(case, shape), error, seconds))
+        results.append(Result(check, name, family.configuration(case, shape, device), error, seconds))
     return results
+
+
+def _shape(case: NamedTuple, device: torch.device) -> tuple[int, ...]:
+    return case.small if device.type == "cpu" else case.shape
 
 
 # The command
@@ -137,11 +160,11 @@ def check_case(case: Case, device: str | torch.device) -> list[Result]:
 def main(argv: Sequence[str] | None = None) -> int:
     args, start = _arguments(argv), time.perf_counter()
     works, reason = runtime.kernel_status()
-    reason = None if runtime.has_kernels("depthwise") else reason
+    reason = None if any(map(runtime.has_kernels, FAMILIES)) else reason
     device = args.device or torch.device("cuda" if works and not runtime.INTERPRETER else "cpu")
     if reason is None and device.type == "cpu" and not runtime.INTERPRETER:
         return _again_in_the_interpreter(args)
-    reason = reason or _why_not(device)
+    reason = reason or _why_nothing(device)
     if reason is not None:
         print(f"Nothing was checked: {reason.rstrip('.')}.")
         return 2
@@ -174,7 +197,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     jobs = max(1, min(MAX_JOBS, (os.cpu_count() or 1) // 2))
     parser.add_argument("--device", type=device, help="a CUDA device, or cpu for the interpreter; by default the GPU")
-    parser.add_argument("--quick", action="store_true", help=f"the first {QUICK} of {len(CASES)} cases only")
+    parser.add_argument("--quick", action="store_true", help=f"the first {QUICK} cases of each family only")
     parser.add_argument("--jobs", type=positive, default=jobs, help="processes to check in; by default %(default)s")
     return parser.parse_args(argv)
 
@@ -227,9 +250,9 @@ def _summary(
 ) -> Iterator[str]:
     yield "Which kernels ran, and why:"
     reasons = {}
-    for case in CASES[:QUICK] if args.quick else CASES:
-        choices = _choices(case, case.small if device.type == "cpu" else case.shape).values()
-        reasons |= {(_named(choice), choice.reason): None for choice in choices}
+    for name, family in FAMILIES.items():
+        for case in _cases(name, args.quick, device) if _why_not(name, device) is None else ():
+            reasons |= dict.fromkeys(family.reasons(case, _shape(case, device), device))
     yield from (f"  {name:25} {reason}" for name, reason in reasons)
     failed = sum(not result.ok for result in results)
     # The first check of a case is the one that has its kernels compiled.

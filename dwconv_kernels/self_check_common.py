@@ -1,8 +1,8 @@
 """What the checks of all families share: dtypes, random operands, the comparison of bits and of kinds of numbers.
 
-A family's module has ``CASES``, ``CHECKS``, ``configuration(case, shape, device)``, which names the kernels and tiles of a
-case, and ``reasons(case, shape, device)``, which says why they were taken. Its cases have the fields ``family``, ``shape``,
-``small`` (what is run in the interpreter) and ``checks``.
+A family's module has ``CASES``, ``CHECKS``, ``configuration(case, shape, device)``, which names the kernels and tiles
+of a case, and ``reasons(case, shape, device)``, which says why they were taken. Its cases have the fields ``family``,
+``shape``, ``small`` (what is run in the interpreter) and ``checks``.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ BLOCK_STANDS_ON = {"launch": {"launch"}, "reference": {"reference"}, "op": {"op"
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [
     "_version", "devices", "dtypes", "runtime", "primitives", "interpreter", "testing", "registration", "FAMILIES",
-    "modules", "self_check", "__init__",
+    "modules", "self_check_common", "self_check_depthwise", "self_check_norm_linear_bounds", "self_check_norm_linear",
+    "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
     "block", "model", "dialects", "atomic_files", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate",

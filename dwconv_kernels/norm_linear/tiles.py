@@ -52,7 +52,12 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
     variance = _over(tl.maximum(squares - rest * correction, 0.0, propagate_nan=tl.PropagateNan.ALL), C)
     # Squares that overflow are an infinite variance, as in PyTorch; computed as above it would be NaN.
     variance = tl.where(squares == float("inf"), squares, variance)
-    return mean + correction, tl.rsqrt(variance + eps)
+    variance += eps
+    rstd = tl.rsqrt(variance)
+    # One step of Newton's, as the GPU's root is off by up to two units in the last place, even of 1; not beyond the
+    # numbers for which it is one.
+    error = tl.where((variance > 1e-37) & (variance < float("inf")), 1.0 - variance * rstd * rstd, 0.0)
+    return mean + correction, rstd + 0.5 * rstd * error
 
 
 @triton.jit
