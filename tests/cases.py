@@ -200,19 +200,29 @@ def _random_case(dice: random.Random, dtype: str, kh: int, kw: int, same: bool) 
     )  # fmt: skip
 
 
+def cover(pool: list[tuple[object, float, set]], overhead: float) -> list:
+    """Few cases in which all meets that meets in any: again and again the one with most per second that has not yet.
+
+    Args:
+        pool: (case, seconds, what meets in it).
+        overhead: seconds that each case costs more.
+    """
+    found, seen = [], set()
+    while pool:
+        gains = [len(met - seen) / (overhead + seconds) for _, seconds, met in pool]
+        case, _, met = pool[max(range(len(pool)), key=gains.__getitem__)]
+        found.append(case)
+        seen |= met
+        pool = [entry for entry in pool if not entry[2] <= seen]
+    return found
+
+
 @functools.cache
 def kernel_cases() -> list[KernelCase]:
-    """The cover: again and again, of many random cases the one in which most meets per second that has not yet."""
+    """The cover, from many random cases."""
     dice = random.Random(5)
     kinds = [*itertools.product(DTYPES, KERNELS, (True, False))] * 32
     kinds += [*itertools.product(DTYPES[1:], [(7, 7)], [True])] * 600  # which have kernels of their own
     pool = [_random_case(dice, dtype, *kernel, same) for dtype, kernel, same in kinds]
     pool = [(case, case.seconds(), meetings(case)) for case in pool if min(case.output) > 0 and case.seconds() < 3]
-    cover, seen = [], set()
-    while pool:
-        gains = [len(met - seen) / (0.3 + seconds) for _, seconds, met in pool]
-        case, _, met = pool[max(range(len(pool)), key=gains.__getitem__)]
-        cover.append(case)
-        seen |= met
-        pool = [entry for entry in pool if not entry[2] <= seen]
-    return cover
+    return cover(pool, overhead=0.3)

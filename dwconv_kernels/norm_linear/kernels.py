@@ -18,7 +18,7 @@ from .kernels_backward import (
     _norm_linear_fold_kernel,
     _norm_linear_norm_sum_kernel,
 )
-from .tiles import _normalised, _preactivation, _statistics, _tile, _vector, _weights
+from .tiles import _preactivation, _standardised, _statistics, _tile, _vector, _weights
 
 __all__ = [
     "_norm_linear_bwd_du_kernel", "_norm_linear_bwd_weight_kernel", "_norm_linear_bwd_x_kernel",
@@ -50,7 +50,7 @@ def _norm_linear_norm_kernel(
         tl.store(rstd_ptr + row + p, rstd, mask=mask_p)
     norm_weight = _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, BLOCK_C == C)
     norm_bias = _vector(norm_bias_ptr, c, C, HAS_NORM_BIAS, 0.0, BLOCK_C == C)
-    normed = _normalised(x, mean, rstd, norm_weight, norm_bias)
+    normed = _standardised(x, mask_c, mean, rstd, True) * norm_weight[None, :] + norm_bias[None, :]
     normed_ptr += row.to(tl.int64) * C
     mask = mask_p[:, None] & mask_c[None, :]
     tl.store(normed_ptr + (p[:, None] * C + c[None, :]), normed.to(normed_ptr.dtype.element_ty), mask=mask)
@@ -89,11 +89,13 @@ def _norm_linear_fwd_kernel(
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     norm_weight = _vector(norm_weight_ptr, c0, C, HAS_NORM_WEIGHT, 1.0, C0 <= C)
     norm_bias = _vector(norm_bias_ptr, c0, C, HAS_NORM_BIAS, 0.0, C0 <= C)
-    normed0 = _normalised(x0, mean, rstd, norm_weight, norm_bias).to(dtype)
+    xhat = _standardised(x0, mask0, mean, rstd, C0 <= C)
+    normed0 = (xhat * norm_weight[None, :] + norm_bias[None, :]).to(dtype)
     if C1:
         norm_weight = _vector(norm_weight_ptr, c1, C, HAS_NORM_WEIGHT, 1.0, C0 + C1 == C)
         norm_bias = _vector(norm_bias_ptr, c1, C, HAS_NORM_BIAS, 0.0, C0 + C1 == C)
-        normed1 = _normalised(x1, mean, rstd, norm_weight, norm_bias).to(dtype)
+        xhat = _standardised(x1, mask1, mean, rstd, C0 + C1 == C)
+        normed1 = (xhat * norm_weight[None, :] + norm_bias[None, :]).to(dtype)
     y_ptr += row.to(tl.int64) * D
     for tile in range(first, tl.minimum(first + tiles, blocks)):
         k = tile * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..primitives import gelu_derivative
-from .tiles import _halves, _preactivation, _product, _tile, _vector
+from .tiles import _halves, _preactivation, _product, _standardised, _tile, _vector
 
 
 @triton.jit
@@ -131,7 +131,8 @@ def _norm_linear_bwd_x_kernel(
     x_ptr += row.to(tl.int64) * stride_x
     dx_ptr += row.to(tl.int64) * C
     if WHOLE_ROWS:
-        xhat = (_tile(x_ptr, p * stride_x, c, mask_p, c < C) - mean[:, None]) * rstd[:, None]
+        x = _tile(x_ptr, p * stride_x, c, mask_p, c < C)
+        xhat = _standardised(x, c < C, mean, rstd, C % BLOCK_C == 0)
         _store_dx(g, xhat, rstd, tl.sum(g, 1), tl.sum(g * xhat, 1), dx_ptr, p, c, mask_p, C)
     else:
         sum_g = tl.zeros((BLOCK_P,), tl.float32)
@@ -142,10 +143,10 @@ def _norm_linear_bwd_x_kernel(
             sums_ptr += 2 * P.to(tl.int64)
         left, right = _halves(g, BLOCK_P, BLOCK_C)
         c = column + tl.arange(0, HALF)
-        xhat = (_tile(x_ptr, p * stride_x, c, mask_p, c < C) - mean[:, None]) * rstd[:, None]
+        xhat = _standardised(_tile(x_ptr, p * stride_x, c, mask_p, c < C), c < C, mean, rstd, True)
         _store_dx(left, xhat, rstd, sum_g, sum_gx, dx_ptr, p, c, mask_p, C)
         c += HALF
-        xhat = (_tile(x_ptr, p * stride_x, c, mask_p, c < C) - mean[:, None]) * rstd[:, None]
+        xhat = _standardised(_tile(x_ptr, p * stride_x, c, mask_p, c < C), c < C, mean, rstd, True)
         _store_dx(right, xhat, rstd, sum_g, sum_gx, dx_ptr, p, c, mask_p, C)
 
 

@@ -23,13 +23,6 @@ def _vector(ptr, offs, size: tl.constexpr, GIVEN: tl.constexpr, otherwise: tl.co
 
 
 @triton.jit
-def _over(total, C: tl.constexpr):
-    """total / C, exact where that is a number: a product with 1 / C, and what it is off by."""
-    quotient = total * (1 / C)
-    return quotient + (total - quotient * C) * (1 / C)
-
-
-@triton.jit
 def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
     """Mean and 1/√(variance + ε) of rows in one or two tiles.
 
@@ -40,7 +33,7 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
     total = tl.sum(x0 * 2**-14, 1)
     if C1:
         total += tl.sum(x1 * 2**-14, 1)
-    mean = _over(total, C) * 2**14
+    mean = total * (2**14 / C)
     d0 = tl.where(mask0[None, :], x0 - mean[:, None], 0.0)
     rest = tl.sum(d0, 1)
     squares = tl.sum(d0 * d0, 1)
@@ -48,8 +41,8 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
         d1 = tl.where(mask1[None, :], x1 - mean[:, None], 0.0)
         rest += tl.sum(d1, 1)
         squares += tl.sum(d1 * d1, 1)
-    correction = _over(rest, C)
-    variance = _over(tl.maximum(squares - rest * correction, 0.0, propagate_nan=tl.PropagateNan.ALL), C)
+    correction = rest * (1 / C)
+    variance = tl.maximum(squares - rest * correction, 0.0, propagate_nan=tl.PropagateNan.ALL) * (1 / C)
     # Squares that overflow are an infinite variance, as in PyTorch; computed as above it would be NaN.
     variance = tl.where(squares == float("inf"), squares, variance)
     variance += eps
@@ -61,8 +54,12 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
 
 
 @triton.jit
-def _normalised(x, mean, rstd, norm_weight, norm_bias):
-    return (x - mean[:, None]) * rstd[:, None] * norm_weight[None, :] + norm_bias[None, :]
+def _standardised(x, mask, mean, rstd, WHOLE: tl.constexpr):
+    """x̂; 0 beside the mask, where mean·rstd may be infinite, and what it is multiplied with is 0."""
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    if not WHOLE:
+        xhat = tl.where(mask[None, :], xhat, 0.0)
+    return xhat
 
 
 @triton.jit

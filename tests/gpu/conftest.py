@@ -17,7 +17,7 @@ import torch
 
 import dwconv_kernels as dk
 from dwconv_kernels import runtime
-from tests.gpu.workers import without_tf32
+from tests.gpu.workers import proving, without_tf32
 
 DEVICE = os.environ.get("DWCONV_KERNELS_GPU_LANE", "cuda")
 ON_GPU = DEVICE != "cpu"
@@ -61,3 +61,11 @@ def launches(monkeypatch):
     for name in counts:
         monkeypatch.setattr(launch, name, counting(name, getattr(launch, name)))
     return counts
+
+
+@pytest.fixture(scope="module")
+def proof_of(request):
+    """Starts the proofs that are selected, all at once, and waits for one."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    with proving([item.callspec.params["proof"] for item in items if "proof" in item.callspec.params]) as wait:
+        yield wait

@@ -10,7 +10,7 @@ from dwconv_kernels.depthwise import config
 from tests import depthwise_proofs as proofs
 from tests.cases import DEPTHWISE, DTYPES, EMPTY_MAPS, MEANS, KernelCase, kernel_cases
 from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, skip_without_gpu
-from tests.gpu.workers import Proof, proving
+from tests.gpu.workers import Proof
 
 pytestmark = pytest.mark.gpu
 skip_without_gpu()
@@ -59,14 +59,6 @@ def all_proofs() -> list[Proof]:
     return [Proof("exact", case, DEVICE) for case in exact] + [
         Proof("rounding", case, DEVICE, MEANS[i % len(MEANS)]) for i, case in enumerate(rounded)
     ]
-
-
-@pytest.fixture(scope="module")
-def proof_of(request):
-    """Starts the proofs that are selected, all at once, and waits for one."""
-    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    with proving([item.callspec.params["proof"] for item in items if "proof" in item.callspec.params]) as wait:
-        yield wait
 
 
 @pytest.mark.parametrize("proof", dict.fromkeys(all_proofs()), ids=str)

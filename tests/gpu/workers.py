@@ -11,21 +11,27 @@ from typing import NamedTuple
 
 import torch
 
-from tests import depthwise_proofs as proofs
+from tests import depthwise_proofs, norm_linear_proofs
 from tests.cases import KernelCase
+from tests.norm_linear_cases import NormLinearCase
 
 
 class Proof(NamedTuple):
     """What is to be proved of a case, and where."""
 
     kind: str  # "exact" or "rounding"
-    case: KernelCase
+    case: KernelCase | NormLinearCase
     device: str
-    mean: float = 0.0  # of x, for "rounding"
+    mean: float = 0.0  # of x, for "rounding" of a convolution; other cases have their own
 
     def __str__(self) -> str:
-        layouts = f"{self.case.x}-{self.case.dy}-{self.case.weight}-{self.case.bias}"
-        return f"{self.kind}-{self.case}-{layouts}" + f"-mean{self.mean:g}" * (self.kind == "rounding")
+        case, mean = self.case, self.mean
+        if isinstance(case, NormLinearCase):
+            given, mean = "".join(str(int(given)) for given in case.given), case.mean
+            layouts = f"{case.x}-{case.dy}-{case.parameters}-{given}-{case.offset}-sums{case.group}"
+        else:
+            layouts = f"{case.x}-{case.dy}-{case.weight}-{case.bias}"
+        return f"{self.kind}-{case}-{layouts}" + f"-mean{mean:g}" * (self.kind == "rounding")
 
 
 def prove(proof: Proof) -> None:
@@ -33,11 +39,13 @@ def prove(proof: Proof) -> None:
     Raises:
         AssertionError: something is not right.
     """
+    norm_linear = isinstance(proof.case, NormLinearCase)
+    proofs = norm_linear_proofs if norm_linear else depthwise_proofs
     with without_tf32():
         if proof.kind == "exact":
             proofs.prove_exact(proof.case, proof.device)
         else:
-            proofs.prove_rounding(proof.case, proof.mean, proof.device)
+            proofs.prove_rounding(proof.case, *([] if norm_linear else [proof.mean]), device=proof.device)
 
 
 @contextlib.contextmanager

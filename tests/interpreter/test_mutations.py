@@ -1,22 +1,11 @@
-"""The tests are tested: each of these mistakes in the depthwise kernels fails a proof that this lane runs.
-
-A mistake is a replacement of text in a copy of the kernels' files, which the public function is then made to run. That
-the text is there is asserted, so no refactoring makes a mistake a mistake no more without a word.
-"""
-
-import importlib
-import itertools
-import sys
-from pathlib import Path
-from typing import NamedTuple
+"""The tests are tested: each of these mistakes in the depthwise kernels fails a proof that this lane runs."""
 
 import pytest
 
-import dwconv_kernels
-from dwconv_kernels import registration, runtime
 from tests import depthwise_proofs as proofs
 from tests.cases import KernelCase
 from tests.interpreter import test_depthwise_addresses as addresses
+from tests.interpreter.mutations import Mistake, running_copies
 from tests.interpreter.test_depthwise_uses import test_autocast_rounds_parameters_and_not_their_gradients as autocast
 from tests.interpreter_guard import Guard
 
@@ -24,7 +13,6 @@ FILES = [
     "primitives.py", "depthwise/strips.py", "depthwise/kernels.py", "depthwise/kernels_weight.py",
     "depthwise/config.py", "depthwise/launch.py",
 ]  # fmt: skip
-_numbers = itertools.count()
 
 
 def exact(*case, **more):
@@ -72,15 +60,6 @@ PROOFS = {
     "addresses, second stage": addresses.test_second_stage,
     "addresses, taps": lambda: addresses.test_table_of_taps(0),
 }
-
-
-class Mistake(NamedTuple):
-    what: str
-    file: str
-    right: str
-    wrong: str
-    proof: str
-    everywhere: bool = False
 
 
 STRIPS, KERNELS, WEIGHT = FILES[1:4]
@@ -188,28 +167,7 @@ MISTAKES = [
 
 @pytest.fixture
 def run_copy(tmp_path, monkeypatch):
-    """Makes the public function run a copy of the kernels; takes the mistake in it, or None."""
-
-    def run(mistake):
-        name = f"mutant{next(_numbers)}"
-        for file in FILES:
-            text = (Path(dwconv_kernels.__file__).parent / file).read_text()
-            if mistake is not None and file == mistake.file:
-                count = text.count(mistake.right)
-                assert count == 1 or (count > 1 and mistake.everywhere), f"{count} times in {file}: {mistake.right}"
-                text = text.replace(mistake.right, mistake.wrong)
-            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / file).write_text(text)
-        monkeypatch.syspath_prepend(tmp_path)
-        # What holds state or registers operators is there once.
-        monkeypatch.setitem(sys.modules, f"{name}.runtime", runtime)
-        monkeypatch.setitem(sys.modules, f"{name}.registration", registration)
-        launch = importlib.import_module(f"{name}.depthwise.launch")
-        monkeypatch.setattr(runtime, "launchers", lambda family: launch)
-
-    yield run
-    for module in [module for module in sys.modules if module.startswith("mutant")]:
-        del sys.modules[module]
+    yield from running_copies("depthwise", FILES, tmp_path, monkeypatch)
 
 
 def test_every_proof_is_used_and_every_mistake_has_its_own_name():
