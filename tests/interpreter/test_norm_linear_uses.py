@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch.library import opcheck
+from torch.nn import functional as F
 
 import dwconv_kernels as dk
 from dwconv_kernels import runtime, testing
@@ -282,3 +283,25 @@ def test_what_is_saved_for_the_backward_pass(layout, activation, autocast):
     assert len(saved) == 7
     testing.assert_exact(torch.stack(new).isfinite().double(), torch.ones(2, 20, 5, dtype=torch.float64))
     assert y.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in saved}
+
+
+def test_bytes_that_a_row_keeps():
+    """The figures of the family's README: x and two fp32; PyTorch keeps what the norm and the linear layer made."""
+    inputs, _ = proofs.normal_operands(NormLinearCase("bf16", (50,), 96, 384, "gelu"))
+
+    def bytes_of_a_row(function):
+        leaves, kept = [t.detach().requires_grad_() for t in inputs], {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = function(*leaves)
+        parameters = {t.untyped_storage().data_ptr() for t in leaves[1:]}
+        assert y.shape == (50, 384)
+        return sum(size for place, size in kept.items() if place not in parameters) / 50
+
+    assert bytes_of_a_row(lambda *t: layer(*t, activation="gelu")) == 96 * 2 + 8 == 200
+    composition = lambda x, g, b, w, c: F.gelu(F.linear(F.layer_norm(x, (96,), g, b), w, c))  # noqa: E731
+    assert bytes_of_a_row(composition) == 1156  # on a CPU, whose norm keeps its statistics in bf16
