@@ -86,15 +86,15 @@ def bounds(t: Terms, gelu: bool, dtype: torch.dtype) -> Results:
 
     - x̂ is off by (C + 8)·e·X, X = |x̂| + 1 + |μ|·r: its mean by a rounding of μ and by the sum that corrects it, at most
       (C + 3)·e·mean|x − μ| ≤ (C + 3)·e/r; r by half of what a sum of C squares is, and a few operations.
-    - Rounded to be multiplied are x̂∘γ + β forward, x̂ and W∘γ backward. So u is off by
-      U = (2h·|x̂∘γ| + h·|β| + (2C + 16)·e·(X∘γ + |β|))·|W|ᵀ + 4e·|b|.
+    - Rounded to be multiplied are x̂∘γ + β, of which u is made, and x̂. So u is off by
+      U = (h·(|x̂∘γ| + |β|) + (2C + 16)·e·(X∘γ + |β|))·|W|ᵀ + 4e·|b|.
     - |gelu'| ≤ 1.13 and |gelu''| ≤ 0.8: y is off by 1.13·U + h·|y| + 8e·|u|, and du, which is rounded, by
       E = |dy|·(0.8·U + 2h·|gelu'| + 16e). Without GELU, y by U and du by nothing.
     - db is the sum of du's errors, and of P roundings of |du|. G = duᵀ·x̂ is off by
       Σ E·|x̂| + |du|·(h·|x̂| + (P + C + 16)·e·X); dW, dγ and dβ are made of G and db with D + 16 more roundings.
-    - g = du·(W∘γ) is off by E' = (E + (h + (D + 4)·e)·|du|)·|W∘γ|, where g itself is at most A = |du|·|W∘γ|. Its second
-      mean may be made of rounded x̂: dx is off by r·(E' + mean E' + |x̂|·mean((E' + h·A)·|x̂|) + (2C + D + 20)·e·(A +
-      mean A + X·mean(A·X))).
+    - g = (du·W)∘γ is off by E' = (E + (D + 4)·e·|du|)·|W∘γ|, where g itself is at most A = |du|·|W∘γ|. Its second mean
+      may be made of rounded x̂∘γ + β, less β: with B = |du|·|W∘β|, dx is off by
+      r·(E' + mean E' + |x̂|·mean((E' + h·A)·|x̂| + h·B) + (2C + D + 20)·e·(A + mean A + X·mean(A·X + B))).
 
     Products of two errors are what a thirty-second more leaves room for; |du| is taken with E.
     """
@@ -103,7 +103,7 @@ def bounds(t: Terms, gelu: bool, dtype: torch.dtype) -> Results:
     xhat, gamma, beta, weight = t.normed.abs(), t.norm_weight.abs(), t.norm_bias.abs(), t.weight.abs()
     wide = xhat + 1 + t.mean.abs() * t.rstd
 
-    rounded = half * (2 * xhat * gamma + beta) + (2 * c + 16) * EXACT * (wide * gamma + beta)
+    rounded = half * (xhat * gamma + beta) + (2 * c + 16) * EXACT * (wide * gamma + beta)
     off_u = rounded @ weight.t() + 4 * EXACT * t.bias.abs()
     y, off_du = off_u, torch.zeros_like(off_u)
     if gelu:
@@ -114,10 +114,11 @@ def bounds(t: Terms, gelu: bool, dtype: torch.dtype) -> Results:
     off_db = off_du.sum(0) + (p + 4) * EXACT * du.sum(0)
     off_sums = off_du.t() @ xhat + du.t() @ (half * xhat + (p + c + 16) * EXACT * wide)
     sums, db, more = du.t() @ wide, du.sum(0), (d + 16) * EXACT
-    g = du @ weight * gamma
-    off_g = (off_du + (half + (d + 4) * EXACT) * du) @ weight * gamma
-    means = g + g.mean(1, keepdim=True) + wide * (g * wide).mean(1, keepdim=True)
-    off_means = off_g.mean(1, keepdim=True) + xhat * ((off_g + half * g) * xhat).mean(1, keepdim=True)
+    g, of_beta = du @ weight * gamma, du @ weight * beta
+    off_g = (off_du + (d + 4) * EXACT * du) @ weight * gamma
+    means = g + g.mean(1, keepdim=True) + wide * (g * wide + of_beta).mean(1, keepdim=True)
+    off_means = xhat * ((off_g + half * g) * xhat + half * of_beta).mean(1, keepdim=True)
+    off_means += off_g.mean(1, keepdim=True)
     off = {
         "y": y,
         "dx": (off_g + off_means + (2 * c + d + 20) * EXACT * means) * t.rstd,

@@ -68,10 +68,11 @@ class NormLinearCase(NamedTuple):
         y = config.resident(self.dtype, self.c, self.d, self.arch)
         by_outputs = config.product(at[0], self.c, self.d, at[1], self._few(self.d), self.tf32)
         by_channels = config.product(at[0], self.d, self.c, at[1], self._few(self.c), self.tf32)
+        whole = config.whole_rows(self.c, self.arch, self.tf32)
         return {
             "y": by_outputs if y is None else (y, config.split(self.c)[1] > 0),
             "du": by_outputs,
-            "dx": (by_channels, config.whole_rows(self.c, self.arch)),
+            "dx": (config.widened(by_channels, self.c) if whole else by_channels, whole),
             "dw": config.weight_gradient(at[0], self.c, self.d, at[1]),
         }
 
@@ -83,8 +84,7 @@ class NormLinearCase(NamedTuple):
         """Blocks of products that the three large kernels make of it, together."""
         p, tiles = self.rows, self.tiles()
         du, (dx, whole), dw = tiles["du"], tiles["dx"], tiles["dw"]
-        n = max(dx.n, self.c) if whole else dx.n
-        steps = -(-p // dx.m) * -(-self.c // n) * -(-self.d // dx.k)
+        steps = -(-p // dx.m) * -(-self.c // dx.n) * -(-self.d // dx.k)
         steps += -(-p // dw.k) * -(-self.d // dw.m) * -(-self.c // dw.n)
         if self.resident():
             steps += -(-p // tiles["y"][0].m) * -(-self.d // tiles["y"][0].n)

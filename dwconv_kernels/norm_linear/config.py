@@ -6,7 +6,7 @@ tiles. Registers, shared memory and waits are read from compiled code by ``pytho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from ..devices import multiprocessors, shared_kb
@@ -15,7 +15,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 MAX_C = 16_384  # channels of a row that one program normalises: 32 values in each of 512 lanes
 PARTS_PER_SUM = 64  # 3000 blocks of rows, one after the other, would take as long as a tenth of a backward pass
-MAX_MATRIX = 2**30  # elements of the weight, and of a block of rows: offsets inside of them are 32 bits
+MAX_D = 2**23  # outputs: offsets inside of 128 rows are 32 bits
+MAX_MATRIX = 2**30  # elements of the weight, for the same reason
 
 # Up to here, a row is normalised where it is multiplied. Above, 128 rows and the weights of two blocks of outputs do
 # not fit into half of a multiprocessor's shared memory, and 64 rows would read the weights too often: 8 KB per row.
@@ -44,8 +45,8 @@ def why_not(x: str, parameters: str, c: int, d: int) -> str | None:
     for name, dtype in (("x", x), ("the linear layer", parameters)):
         if dtype not in DTYPES:
             return f"{name} is {dtype}; the kernels take bfloat16, float16 and float32"
-    if c > MAX_C or d == 0 or c * d > MAX_MATRIX:
-        return f"C={c}, D={d}; the kernels take C up to {MAX_C}, D of at least 1 and C·D up to 2^30"
+    if c > MAX_C or not 0 < d <= MAX_D or c * d > MAX_MATRIX:
+        return f"C={c}, D={d}; the kernels take C up to {MAX_C}, D from 1 to 2^23 and C·D up to 2^30"
     return None
 
 
@@ -76,13 +77,16 @@ def split(c: int) -> tuple[int, int]:
 
 
 @cache
-def resident(dtype: str, c: int, d: int, arch: int) -> Tile | None:
-    """The forward kernel that keeps its rows: m rows, n outputs at a time. None where it is not to be used."""
-    straight = aligned(c, dtype) and aligned(d, dtype)
+def resident(dtype: str, c: int, d: int, arch: int, vectors: bool = True) -> Tile | None:
+    """The forward kernel that keeps its rows: m rows, n outputs at a time. None where it is not to be used.
+
+    ``vectors``: are rows of x read 16 bytes at a time?
+    """
+    straight = aligned(c, dtype) and aligned(d, dtype) and vectors
     if c > MAX_RESIDENT_C[_kind(dtype)]:
         return None
     if dtype == "fp32":
-        return Tile(64, 32, 0, warps=4 if straight else 8, stages=2)
+        return Tile(64, 32, 0, warps=4 if straight and c <= 96 else 8, stages=2)
     if not straight:  # what is loaded and stored an element at a time takes more registers
         return Tile(64, 32, 0, warps=8, stages=2)
     # 64 outputs: with 128, 128 channels take 150 registers, and one program a multiprocessor; with 128 registers there
@@ -126,13 +130,18 @@ def weight_gradient(dtype: str, c: int, d: int, arch: int) -> Tile:
     return Tile(128, wide, 32, warps=8, stages=4)
 
 
-def whole_rows(c: int, arch: int) -> bool:
+def whole_rows(c: int, arch: int, tf32: bool = False) -> bool:
     """Does one block of the input gradient have all channels of its rows?
 
     Then it takes their two means itself, with all sums in registers before any is finished: of 128 channels, without
     wgmma, that spills 200 registers. Else the kernel before it adds up what the means are made of.
     """
-    return c <= (128 if shared_kb(arch) > 200 else 64)
+    return c <= (128 if shared_kb(arch) > 200 and not tf32 else 64)
+
+
+def widened(tile: Tile, c: int) -> Tile:
+    """The same, wide enough for all channels."""
+    return replace(tile, n=max(tile.n, 1 << (c - 1).bit_length()))
 
 
 def few_rows(p: int, n: int, arch: int) -> bool:
@@ -154,7 +163,8 @@ def blocks_per_program(arch: int, row_blocks: int, blocks: int, c: int, n: int) 
     """
     processors = multiprocessors(arch)
     best = None
-    for count in range(blocks, 0, -1):
+    counts = {-(-blocks // groups) for groups in range(1, min(blocks, 256) + 1)}
+    for count in sorted(counts, reverse=True):
         groups = -(-blocks // count)
         # A multiprocessor with a single program waits for memory about half of the time.
         time = max(2, -(-row_blocks * groups // processors)) * (0.4 * c + n * count)

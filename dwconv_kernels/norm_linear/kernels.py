@@ -15,26 +15,27 @@ from .kernels_backward import (
     _norm_linear_bwd_x_kernel,
     _norm_linear_column_sum_kernel,
     _norm_linear_finish_kernel,
-    _norm_linear_fold_kernel,
     _norm_linear_norm_sum_kernel,
+    _norm_linear_vectors_kernel,
 )
 from .tiles import _preactivation, _standardised, _statistics, _tile, _vector, _weights
 
 __all__ = [
     "_norm_linear_bwd_du_kernel", "_norm_linear_bwd_weight_kernel", "_norm_linear_bwd_x_kernel",
-    "_norm_linear_column_sum_kernel", "_norm_linear_finish_kernel", "_norm_linear_fold_kernel",
-    "_norm_linear_fwd_kernel", "_norm_linear_norm_kernel", "_norm_linear_norm_sum_kernel",
-    "_norm_linear_product_kernel",
+    "_norm_linear_column_sum_kernel", "_norm_linear_finish_kernel", "_norm_linear_fwd_kernel",
+    "_norm_linear_norm_kernel", "_norm_linear_norm_sum_kernel", "_norm_linear_product_kernel",
+    "_norm_linear_vectors_kernel",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["P"])
 def _norm_linear_norm_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, mean_ptr, rstd_ptr, P, stride_x, eps,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, xhat_ptr, mean_ptr, rstd_ptr, P, stride_x, eps,
     C: tl.constexpr, DENSE: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-    GIVEN_STATISTICS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    GIVEN_STATISTICS: tl.constexpr, STORE_NORMED: tl.constexpr, STORE_XHAT: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """normed = x̂∘γ + β, of which a product is made next; mean and rstd, too, unless they are given."""
+    """normed = x̂∘γ + β and x̂, of which products are made next; mean and rstd, too, unless they are given."""
     row = tl.program_id(0) * BLOCK_P
     if DENSE:
         stride_x = C
@@ -48,12 +49,17 @@ def _norm_linear_norm_kernel(
         mean, rstd = _statistics(x, mask_c, x, mask_c, eps, C, 0)
         tl.store(mean_ptr + row + p, mean, mask=mask_p)
         tl.store(rstd_ptr + row + p, rstd, mask=mask_p)
-    norm_weight = _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, BLOCK_C == C)
-    norm_bias = _vector(norm_bias_ptr, c, C, HAS_NORM_BIAS, 0.0, BLOCK_C == C)
-    normed = _standardised(x, mask_c, mean, rstd, True) * norm_weight[None, :] + norm_bias[None, :]
-    normed_ptr += row.to(tl.int64) * C
-    mask = mask_p[:, None] & mask_c[None, :]
-    tl.store(normed_ptr + (p[:, None] * C + c[None, :]), normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    xhat = _standardised(x, mask_c, mean, rstd, True)
+    offs, mask = p[:, None] * C + c[None, :], mask_p[:, None] & mask_c[None, :]
+    if STORE_XHAT:
+        xhat_ptr += row.to(tl.int64) * C
+        tl.store(xhat_ptr + offs, xhat.to(xhat_ptr.dtype.element_ty), mask=mask)
+    if STORE_NORMED:
+        norm_weight = _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, BLOCK_C == C)
+        norm_bias = _vector(norm_bias_ptr, c, C, HAS_NORM_BIAS, 0.0, BLOCK_C == C)
+        normed = xhat * norm_weight[None, :] + norm_bias[None, :]
+        normed_ptr += row.to(tl.int64) * C
+        tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["P", "tiles"])

@@ -8,61 +8,59 @@ from .tiles import _halves, _preactivation, _product, _standardised, _tile, _vec
 
 
 @triton.jit
-def _norm_linear_fold_kernel(
-    norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, folded_ptr, vectors_ptr,
+def _norm_linear_vectors_kernel(
+    norm_weight_ptr, norm_bias_ptr, weight_ptr, vectors_ptr,
     C: tl.constexpr, D: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """folded = W∘γ (D, C), rounded; vectors = b + W·β and the sums of folded's rows, (2, D)."""
+    """vectors = (s, t), (2, D): s_k = Σ_c W_kc·γ_c and t_k = Σ_c W_kc·β_c."""
     k = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    bias = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
-    sums = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+    s = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+    t = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         weight = _tile(weight_ptr, k * C, c, k < D, c < C)
-        bias += weight * _vector(norm_bias_ptr, c, C, HAS_NORM_BIAS, 0.0, C % BLOCK_C == 0)[None, :]
-        folded = (weight * _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, C % BLOCK_C == 0)[None, :]).to(dtype)
-        sums += folded.to(tl.float32)
-        tl.store(folded_ptr + (k[:, None] * C + c[None, :]), folded, mask=(k < D)[:, None] & (c < C)[None, :])
-    given = _vector(bias_ptr, k, D, HAS_BIAS, 0.0, D % BLOCK_D == 0).to(dtype).to(tl.float32)
-    tl.store(vectors_ptr + k, tl.sum(bias, 1) + given, mask=k < D)
-    tl.store(vectors_ptr + D + k, tl.sum(sums, 1), mask=k < D)
+        s += weight * _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, C % BLOCK_C == 0)[None, :]
+        t += weight * _vector(norm_bias_ptr, c, C, HAS_NORM_BIAS, 0.0, C % BLOCK_C == 0)[None, :]
+    tl.store(vectors_ptr + k, tl.sum(s, 1), mask=k < D)
+    tl.store(vectors_ptr + D + k, tl.sum(t, 1), mask=k < D)
 
 
 @triton.jit
 def _finish_du(
-    product, k, p, mask_p, dy_ptr, du_ptr, vectors_ptr, partials_ptr, D: tl.constexpr, GELU: tl.constexpr,
-    SUMS: tl.constexpr, PARTIALS: tl.constexpr, WHOLE: tl.constexpr,
+    product, k, p, mask_p, bias_ptr, dy_ptr, du_ptr, vectors_ptr, partials_ptr, D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """du of a tile, stored, and two sums of each of its rows."""
     mask_k = k < D
     dtype: tl.constexpr = du_ptr.dtype.element_ty
     du = _tile(dy_ptr, p * D, k, mask_p, mask_k)
     if GELU:
-        u = product + _vector(vectors_ptr, k, D, True, 0.0, WHOLE)[None, :]
-        du *= gelu_derivative(u, dtype)
+        bias = _vector(bias_ptr, k, D, HAS_BIAS, 0.0, WHOLE).to(dtype).to(tl.float32)
+        du *= gelu_derivative(product + bias[None, :], dtype)
         tl.store(du_ptr + (p[:, None] * D + k[None, :]), du.to(dtype), mask=mask_p[:, None] & mask_k[None, :])
     if PARTIALS:
         tl.store(partials_ptr + k, tl.sum(du, 0), mask=mask_k)
     du = du.to(dtype).to(tl.float32)  # g is made of what was stored, and so are the sums of its rows
     if SUMS:
-        s = _vector(vectors_ptr + D, k, D, True, 0.0, WHOLE)
-        return tl.sum(du * s[None, :], 1), tl.sum(du * product, 1)
+        s = _vector(vectors_ptr, k, D, True, 0.0, WHOLE)
+        t = _vector(vectors_ptr + D, k, D, True, 0.0, WHOLE)
+        return tl.sum(du * s[None, :], 1), tl.sum(du * (product - t[None, :]), 1)
     else:
         return 0.0, 0.0
 
 
 @triton.jit(do_not_specialize=["P", "length"])
 def _norm_linear_bwd_du_kernel(
-    xhat_ptr, folded_ptr, vectors_ptr, dy_ptr, du_ptr, sums_ptr, partials_ptr, P, length,
-    C: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    normed_ptr, weight_ptr, bias_ptr, vectors_ptr, dy_ptr, du_ptr, sums_ptr, partials_ptr, P, length,
+    C: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, SUMS: tl.constexpr,
+    PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """du = dy∘gelu'(u) (P, D), and what sums over it come for free.
 
-    SUMS: of each row and block of outputs, Σ_k du_k·s_k = Σ_c g_c and Σ_k du_k·(u_k − b'_k) = Σ_c g_c·x̂_c: what the
-    layer norm's gradient needs before g = du·(W∘γ) is there.
+    SUMS: of each row and block of outputs, Σ_k du_k·s_k = Σ_c g_c and Σ_k du_k·(u_k − b_k − t_k) = Σ_c g_c·x̂_c: what
+    the layer norm's gradient needs before g = (du·W)∘γ is there.
     PARTIALS: of each block of rows, Σ_p du_pk.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -73,7 +71,7 @@ def _norm_linear_bwd_du_kernel(
     mask_p = row + p < P
     if GELU or SUMS:
         product = _preactivation(
-            xhat_ptr, folded_ptr, row, p, mask_p, k, k < D, length, C, D, BLOCK_P, BLOCK_D, BLOCK_C, PRECISION
+            normed_ptr, weight_ptr, row, p, mask_p, k, k < D, length, C, D, BLOCK_P, BLOCK_D, BLOCK_C, PRECISION
         )
     else:
         product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
@@ -83,11 +81,12 @@ def _norm_linear_bwd_du_kernel(
     partials_ptr += part.to(tl.int64) * D
     k = tile * BLOCK_D + tl.arange(0, HALF)
     sum_g, sum_gx = _finish_du(
-        left, k, p, mask_p, dy_ptr, du_ptr, vectors_ptr, partials_ptr, D, GELU, SUMS, PARTIALS, D % BLOCK_D == 0
-    )
-    more_g, more_gx = _finish_du(
-        right, k + HALF, p, mask_p, dy_ptr, du_ptr, vectors_ptr, partials_ptr, D, GELU, SUMS, PARTIALS,
+        left, k, p, mask_p, bias_ptr, dy_ptr, du_ptr, vectors_ptr, partials_ptr, D, HAS_BIAS, GELU, SUMS, PARTIALS,
         D % BLOCK_D == 0,
+    )  # fmt: skip
+    more_g, more_gx = _finish_du(
+        right, k + HALF, p, mask_p, bias_ptr, dy_ptr, du_ptr, vectors_ptr, partials_ptr, D, HAS_BIAS, GELU, SUMS,
+        PARTIALS, D % BLOCK_D == 0,
     )  # fmt: skip
     if SUMS:
         sums_ptr += tile.to(tl.int64) * 2 * P + row
@@ -104,11 +103,11 @@ def _store_dx(g, xhat, rstd, sum_g, sum_gx, dx_ptr, p, c, mask_p, C: tl.constexp
 
 @triton.jit(do_not_specialize=["P", "length", "sum_blocks"])
 def _norm_linear_bwd_x_kernel(
-    du_ptr, folded_ptr, x_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, P, stride_x, length, sum_blocks,
-    C: tl.constexpr, D: tl.constexpr, DENSE: tl.constexpr, WHOLE_ROWS: tl.constexpr,
+    du_ptr, weight_ptr, x_ptr, norm_weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, P, stride_x, length, sum_blocks,
+    C: tl.constexpr, D: tl.constexpr, DENSE: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of a block of rows and channels, from g = du·(W∘γ).
+    """dx of a block of rows and channels, from g = (du·W)∘γ.
 
     WHOLE_ROWS: the block has all channels, and the two means over them are taken here. Else they are the sums of
     _norm_linear_bwd_du_kernel, ``sum_blocks`` of them.
@@ -119,9 +118,9 @@ def _norm_linear_bwd_x_kernel(
     column = tl.program_id(0) % blocks * BLOCK_C
     p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
     mask_p = row + p < P
-    g = _product(
+    dnormed = _product(
         du_ptr + row.to(tl.int64) * D, p[:, None] * D, mask_p[:, None], 1,
-        folded_ptr, c[None, :], (c < C)[None, :], C, length, D,
+        weight_ptr, c[None, :], (c < C)[None, :], C, length, D,
         BLOCK_P, BLOCK_C, BLOCK_D, D % BLOCK_D == 0, PRECISION,
     )  # fmt: skip
     if DENSE:
@@ -133,6 +132,7 @@ def _norm_linear_bwd_x_kernel(
     if WHOLE_ROWS:
         x = _tile(x_ptr, p * stride_x, c, mask_p, c < C)
         xhat = _standardised(x, c < C, mean, rstd, C % BLOCK_C == 0)
+        g = dnormed * _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, C % BLOCK_C == 0)[None, :]
         _store_dx(g, xhat, rstd, tl.sum(g, 1), tl.sum(g * xhat, 1), dx_ptr, p, c, mask_p, C)
     else:
         sum_g = tl.zeros((BLOCK_P,), tl.float32)
@@ -141,13 +141,14 @@ def _norm_linear_bwd_x_kernel(
             sum_g += tl.load(sums_ptr + row + p, mask=mask_p, other=0.0)
             sum_gx += tl.load(sums_ptr + P.to(tl.int64) + row + p, mask=mask_p, other=0.0)
             sums_ptr += 2 * P.to(tl.int64)
-        left, right = _halves(g, BLOCK_P, BLOCK_C)
+        left, right = _halves(dnormed, BLOCK_P, BLOCK_C)
         c = column + tl.arange(0, HALF)
-        xhat = _standardised(_tile(x_ptr, p * stride_x, c, mask_p, c < C), c < C, mean, rstd, True)
-        _store_dx(left, xhat, rstd, sum_g, sum_gx, dx_ptr, p, c, mask_p, C)
-        c += HALF
-        xhat = _standardised(_tile(x_ptr, p * stride_x, c, mask_p, c < C), c < C, mean, rstd, True)
-        _store_dx(right, xhat, rstd, sum_g, sum_gx, dx_ptr, p, c, mask_p, C)
+        for half in tl.static_range(2):
+            xhat = _standardised(_tile(x_ptr, p * stride_x, c, mask_p, c < C), c < C, mean, rstd, True)
+            g = left if half == 0 else right
+            g *= _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, C % BLOCK_C == 0)[None, :]
+            _store_dx(g, xhat, rstd, sum_g, sum_gx, dx_ptr, p, c, mask_p, C)
+            c += HALF
 
 
 @triton.jit(do_not_specialize=["P", "rows"])

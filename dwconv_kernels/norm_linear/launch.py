@@ -16,7 +16,7 @@ from .. import registration, runtime
 from . import config, kernels
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_FOLD = {"BLOCK_D": 16, "BLOCK_C": 128}
+_VECTORS = {"BLOCK_D": 16, "BLOCK_C": 128}
 _COLUMN_SUM = {"BLOCK_P": 32, "BLOCK_D": 64}
 _FINISH = {"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_C": 32}
 _NORM_SUM = {"BLOCK_P": 32, "BLOCK_C": 32}
@@ -31,9 +31,15 @@ def why_not(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> str | None:
     """Why no kernel takes this call; None where one does."""
-    computed = runtime.autocast_dtype(x) or x.dtype
-    rows = math.prod(x.shape[:-1])
-    if rows >= 2**30:
+    reason = _why_not(x, weight, runtime.autocast_dtype(x) or x.dtype)
+    for parameter in (norm_weight, norm_bias, weight, bias):  # under autocast, they have dtypes of their own
+        if reason is None and parameter is not None and parameter.dtype not in _NAMES:
+            return f"a parameter is {_name(parameter.dtype)}; the kernels take bfloat16, float16 and float32"
+    return reason
+
+
+def _why_not(x: Tensor, weight: Tensor, computed: torch.dtype) -> str | None:
+    if math.prod(x.shape[:-1]) >= 2**30:
         return f"x has shape {tuple(x.shape)}; the kernels take fewer than 2^30 rows"
     return config.why_not(_name(x.dtype), _name(computed), x.shape[-1], weight.shape[0])
 
@@ -45,6 +51,12 @@ class _Rows(NamedTuple):
     p: int
     c: int
     stride: int
+
+    @property
+    def vectors(self) -> bool:
+        """Does every row begin at a multiple of 16 bytes, and does Triton see that (of strides: multiples of 16)?"""
+        dense = config.aligned(self.c, _NAMES[self.x.dtype]) if self.stride == self.c else self.stride % 16 == 0
+        return dense and self.x.data_ptr() % 16 == 0
 
     @property
     def constants(self) -> dict[str, object]:
@@ -65,7 +77,7 @@ def _dense(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
 
 
-def _vector(parameter: Tensor | None, like: Tensor) -> Tensor:
+def _parameter(parameter: Tensor | None, like: Tensor) -> Tensor:
     return like if parameter is None else parameter.contiguous()
 
 
@@ -96,7 +108,7 @@ def norm_linear_forward(
         return y, mean, rstd
     with runtime.on_device(x):
         rows, weight = _rows(x), _dense(weight, dtype)
-        tile = config.resident(_NAMES[dtype], rows.c, weight.shape[0], runtime.arch(x))
+        tile = config.resident(_NAMES[dtype], rows.c, weight.shape[0], runtime.arch(x), rows.vectors)
         arguments = (rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation)
         if tile is None:
             _forward_of_wide_rows(*arguments)
@@ -110,8 +122,8 @@ def _forward_of_resident_rows(rows, norm_weight, norm_bias, weight, bias, y, mea
     blocks, row_blocks = -(-d // tile.n), -(-rows.p // tile.m)
     count = config.blocks_per_program(runtime.arch(y), row_blocks, blocks, rows.c, tile.n)
     kernels._norm_linear_fwd_kernel[(row_blocks * -(-blocks // count),)](
-        rows.x, _vector(norm_weight, mean), _vector(norm_bias, mean), weight, _vector(bias, mean), y, mean, rstd,
-        rows.p, rows.stride, eps, count,
+        rows.x, _parameter(norm_weight, mean), _parameter(norm_bias, mean), weight, _parameter(bias, mean), y, mean,
+        rstd, rows.p, rows.stride, eps, count,
         **rows.constants, D=d, **_given(norm_weight=norm_weight, norm_bias=norm_bias, bias=bias),
         GELU=activation is not None, C0=c0, C1=c1, BLOCK_P=tile.m, BLOCK_D=tile.n,
         PRECISION=_precision(y.dtype)[1], **tile.options(),
@@ -119,28 +131,30 @@ def _forward_of_resident_rows(rows, norm_weight, norm_bias, weight, bias, y, mea
 
 
 def _forward_of_wide_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation) -> None:
-    normed = _normalise(rows, norm_weight, norm_bias, mean, rstd, eps, y.dtype)
+    normed = rows.x.new_empty((rows.p, rows.c), dtype=y.dtype)
+    _normalise(rows, norm_weight, norm_bias, mean, rstd, eps, normed, None)
     d, (tf32, precision) = weight.shape[0], _precision(y.dtype)
     arch = runtime.arch(y)
     tile = config.product(_NAMES[y.dtype], rows.c, d, arch, config.few_rows(rows.p, d, arch), tf32)
     kernels._norm_linear_product_kernel[(-(-rows.p // tile.m) * -(-d // tile.n),)](
-        normed, weight, _vector(bias, mean), y, rows.p, rows.c,
+        normed, weight, _parameter(bias, mean), y, rows.p, rows.c,
         C=rows.c, D=d, HAS_BIAS=bias is not None, GELU=activation is not None, BLOCK_P=tile.m, BLOCK_D=tile.n,
         BLOCK_C=tile.k, PRECISION=precision, **tile.options(),
     )  # fmt: skip
 
 
-def _normalise(rows: _Rows, norm_weight, norm_bias, mean, rstd, eps: float | None, dtype: torch.dtype) -> Tensor:
-    """x̂∘γ + β (P, C); mean and rstd are filled, or, without an ``eps``, given."""
-    normed = rows.x.new_empty((rows.p, rows.c), dtype=dtype)
+def _normalise(
+    rows: _Rows, norm_weight, norm_bias, mean, rstd, eps: float | None, normed: Tensor | None, xhat: Tensor | None
+) -> None:
+    """Fills x̂∘γ + β and x̂ (P, C), those that are not None; mean and rstd are filled or, without an ``eps``, given."""
     block_p, block_c, warps = config.normalising(rows.c)
     kernels._norm_linear_norm_kernel[(-(-rows.p // block_p),)](
-        rows.x, _vector(norm_weight, mean), _vector(norm_bias, mean), normed, mean, rstd, rows.p, rows.stride,
-        0.0 if eps is None else eps,
+        rows.x, _parameter(norm_weight, mean), _parameter(norm_bias, mean), mean if normed is None else normed,
+        mean if xhat is None else xhat, mean, rstd, rows.p, rows.stride, 0.0 if eps is None else eps,
         **rows.constants, **_given(norm_weight=norm_weight, norm_bias=norm_bias), GIVEN_STATISTICS=eps is None,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, num_stages=1,
+        STORE_NORMED=normed is not None, STORE_XHAT=xhat is not None, BLOCK_P=block_p, BLOCK_C=block_c,
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
-    return normed
 
 
 def norm_linear_backward(
@@ -177,8 +191,7 @@ def norm_linear_backward(
 class _Backward:
     """One backward pass: what its steps share, computed once.
 
-    x̂ and du are matrices of their own for as long as it takes; no pass reads x or dy more than once, except that the
-    input gradient reads x again, in its own precision.
+    x̂, x̂∘γ + β and du are matrices of their own for as long as they are needed.
     """
 
     def __init__(self, dy, x, mean, rstd, parameters, activation, wanted):
@@ -188,31 +201,39 @@ class _Backward:
         self.name, (self.tf32, self.precision) = _NAMES[dy.dtype], _precision(dy.dtype)
         self.d, self.arch = weight.shape[0], runtime.arch(x)
         self.dy = _dense(dy.reshape(self.rows.p, self.d), dy.dtype)
-        self.whole = config.whole_rows(self.rows.c, self.arch)
+        self.whole = config.whole_rows(self.rows.c, self.arch, self.tf32)
         self.sums = wanted[0] and not self.whole
-        product = activation is not None or self.sums
         self.needs_g = wanted[1] or wanted[3]
-        self.xhat = self.dy  # not read
-        if product or self.needs_g:
-            self.xhat = _normalise(self.rows, None, None, self.mean, self.rstd, None, dy.dtype)
-        self.folded, self.vectors = self._fold() if product or wanted[0] else (self.weight, self.mean)
-        self._hidden(activation is not None, any(wanted[1:]))
+        gelu = activation is not None
+        normed = self._normalised(gelu or self.sums)
+        self._hidden(normed, gelu, any(wanted[1:]))
+
+    def _normalised(self, needed: bool) -> Tensor:
+        """x̂∘γ + β where it is ``needed``; x̂, where G is made of it, is kept."""
+        plain = self.norm_weight is None and self.norm_bias is None
+        empty = lambda: self.dy.new_empty((self.rows.p, self.rows.c))  # noqa: E731
+        self.xhat = empty() if self.needs_g or (needed and plain) else None
+        normed = empty() if needed and not plain else None
+        if self.xhat is not None or normed is not None:
+            parameters = self.norm_weight, self.norm_bias
+            _normalise(self.rows, *parameters, self.mean, self.rstd, None, normed, self.xhat)
+        matrices = (normed, self.xhat, self.dy)  # the last is not read
+        return next(matrix for matrix in matrices if matrix is not None)
 
     def _tile(self, length: int, n: int) -> config.Tile:
         few = config.few_rows(self.rows.p, n, self.arch)
         return config.product(self.name, length, n, self.arch, few, self.tf32)
 
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        folded, vectors = torch.empty_like(self.weight), self.mean.new_empty((2, self.d))
-        kernels._norm_linear_fold_kernel[(-(-self.d // _FOLD["BLOCK_D"]),)](
-            _vector(self.norm_weight, self.mean), _vector(self.norm_bias, self.mean), self.weight,
-            _vector(self.bias, self.mean), folded, vectors,
-            C=self.rows.c, D=self.d,
-            **_given(norm_weight=self.norm_weight, norm_bias=self.norm_bias, bias=self.bias), **_FOLD, **_SMALL,
+    def _vectors(self) -> Tensor:
+        vectors = self.mean.new_empty((2, self.d))
+        kernels._norm_linear_vectors_kernel[(-(-self.d // _VECTORS["BLOCK_D"]),)](
+            _parameter(self.norm_weight, self.mean), _parameter(self.norm_bias, self.mean), self.weight, vectors,
+            C=self.rows.c, D=self.d, **_given(norm_weight=self.norm_weight, norm_bias=self.norm_bias), **_VECTORS,
+            **_SMALL,
         )  # fmt: skip
-        return folded, vectors
+        return vectors
 
-    def _hidden(self, gelu: bool, parameters: bool) -> None:
+    def _hidden(self, normed: Tensor, gelu: bool, parameters: bool) -> None:
         """du, the sums of its rows that the input gradient needs, and those of its columns."""
         p, c, d = self.rows.p, self.rows.c, self.d
         tile = self._tile(c, d)
@@ -223,21 +244,24 @@ class _Backward:
         if not (gelu or self.sums or parameters):
             return
         kernels._norm_linear_bwd_du_kernel[(self.row_blocks * self.column_blocks,)](
-            self.xhat, self.folded, self.vectors, self.dy, self.du, self.row_sums, self.partials, p, c,
-            C=c, D=d, GELU=gelu, SUMS=self.sums, PARTIALS=parameters, BLOCK_P=tile.m, BLOCK_D=tile.n, BLOCK_C=tile.k,
-            PRECISION=self.precision, **tile.options(),
+            normed, self.weight, _parameter(self.bias, self.mean), self._vectors() if self.sums else self.mean,
+            self.dy, self.du, self.row_sums, self.partials, p, c,
+            C=c, D=d, **_given(bias=self.bias), GELU=gelu, SUMS=self.sums, PARTIALS=parameters, BLOCK_P=tile.m,
+            BLOCK_D=tile.n, BLOCK_C=tile.k, PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
 
     def input_gradient(self, dx: Tensor) -> None:
         """Fills dx."""
         rows, tile = self.rows, self._tile(self.d, self.rows.c)
-        n = max(tile.n, 1 << (rows.c - 1).bit_length()) if self.whole else tile.n
-        kernels._norm_linear_bwd_x_kernel[(-(-rows.p // tile.m) * -(-rows.c // n),)](
-            self.du, self.folded, rows.x, self.mean, self.rstd, self.row_sums, dx, rows.p, rows.stride,
-            self.d, self.column_blocks,
-            **rows.constants, D=self.d, WHOLE_ROWS=self.whole,
-            BLOCK_P=tile.m, BLOCK_D=tile.k, BLOCK_C=n, PRECISION=self.precision, **tile.options(),
+        if self.whole:
+            tile = config.widened(tile, rows.c)
+        kernels._norm_linear_bwd_x_kernel[(-(-rows.p // tile.m) * -(-rows.c // tile.n),)](
+            self.du, self.weight, rows.x, _parameter(self.norm_weight, self.mean), self.mean, self.rstd,
+            self.row_sums, dx, rows.p, rows.stride, self.d, self.column_blocks,
+            **rows.constants, D=self.d, **_given(norm_weight=self.norm_weight), WHOLE_ROWS=self.whole, BLOCK_P=tile.m,
+            BLOCK_D=tile.k, BLOCK_C=tile.n, PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
+        self.row_sums = None  # so that its memory can be that of the parts of G
 
     def _weight_parts(self) -> Tensor:
         """G in parts (parts, D, C)."""
@@ -271,8 +295,8 @@ class _Backward:
         blocks_d, blocks_c = -(-d // _FINISH["BLOCK_D"]), -(-c // _FINISH["BLOCK_C"])
         norm_parts = self.mean.new_empty((blocks_d, 2, c))
         kernels._norm_linear_finish_kernel[(blocks_d * blocks_c,)](
-            parts, partials, self.weight, _vector(self.norm_weight, self.mean),
-            _vector(self.norm_bias, self.mean), dw, db, norm_parts, len(parts), len(partials),
+            parts, partials, self.weight, _parameter(self.norm_weight, self.mean),
+            _parameter(self.norm_bias, self.mean), dw, db, norm_parts, len(parts), len(partials),
             C=c, D=d, **_given(norm_weight=self.norm_weight, norm_bias=self.norm_bias), HAS_PARTS=self.needs_g,
             STORE_DW=wants_dw, STORE_DB=wants_db, NORM_PARTS=wants_norm_weight or wants_norm_bias, **_FINISH, **_SMALL,
         )  # fmt: skip
@@ -285,6 +309,6 @@ class _Backward:
 
 def _refuse_unsupported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
     """For callers of the raw operators; the public function has asked :func:`why_not` before."""
-    reason = config.why_not(_name(x.dtype), _name(dtype), x.shape[-1], weight.shape[0])
+    reason = _why_not(x, weight, dtype)
     if reason is not None:
         raise ValueError(f"the Triton kernels do not take this layer norm with linear layer: {reason}")

@@ -148,7 +148,9 @@ def why_not(x, norm_weight, norm_bias, weight, bias=None, eps=1e-6, activation=N
 
 
 def _why_not(x, norm_weight, norm_bias, weight, bias) -> str | None:
-    reason = runtime.why_not_device("norm_linear", x) or registration.why_not_tensors((x, norm_weight, weight))
+    reason = runtime.why_not_device("norm_linear", x) or registration.why_not_tensors(
+        (x, norm_weight, norm_bias, weight, bias)
+    )
     if reason is not None:
         return reason
     return runtime.launchers("norm_linear").why_not(x, norm_weight, norm_bias, weight, bias)

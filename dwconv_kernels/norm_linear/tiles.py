@@ -23,6 +23,13 @@ def _vector(ptr, offs, size: tl.constexpr, GIVEN: tl.constexpr, otherwise: tl.co
 
 
 @triton.jit
+def _over(total, C: tl.constexpr):
+    """total / C, exact where that is a number: a product with 1 / C, and what it is off by."""
+    quotient = total * (1 / C)
+    return quotient + (total - quotient * C) * (1 / C)
+
+
+@triton.jit
 def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
     """Mean and 1/√(variance + ε) of rows in one or two tiles.
 
@@ -33,7 +40,7 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
     total = tl.sum(x0 * 2**-14, 1)
     if C1:
         total += tl.sum(x1 * 2**-14, 1)
-    mean = total * (2**14 / C)
+    mean = _over(total, C) * 2**14
     d0 = tl.where(mask0[None, :], x0 - mean[:, None], 0.0)
     rest = tl.sum(d0, 1)
     squares = tl.sum(d0 * d0, 1)

@@ -24,7 +24,7 @@ SLOW = Options(slow=2.0)  # machines that run tests are busy; the report's own l
 FORWARD = {"_norm_linear_fwd_kernel"}
 WIDE = {"_norm_linear_norm_kernel", "_norm_linear_product_kernel"}
 BACKWARD = {
-    "_norm_linear_norm_kernel", "_norm_linear_fold_kernel", "_norm_linear_bwd_du_kernel", "_norm_linear_bwd_x_kernel",
+    "_norm_linear_norm_kernel", "_norm_linear_bwd_du_kernel", "_norm_linear_bwd_x_kernel",
     "_norm_linear_bwd_weight_kernel", "_norm_linear_column_sum_kernel", "_norm_linear_finish_kernel",
     "_norm_linear_norm_sum_kernel",
 }  # fmt: skip
@@ -45,7 +45,8 @@ def assert_within_limits(rows):
 def test_convnext_in_bf16(arch, c):
     rows = rows_of(code.Call("bf16", c, 4 * c), arch)
     assert_within_limits(rows)
-    assert {row["kernel"] for row in rows} == BACKWARD | (WIDE if c > 192 else FORWARD)
+    of_sums = set() if config.whole_rows(c, arch) else {"_norm_linear_vectors_kernel"}
+    assert {row["kernel"] for row in rows} == BACKWARD | (WIDE if c > 192 else FORWARD) | of_sums
     products = [row for row in rows if row["tile"] != [0, 0]]
     assert len(products) == 4
     for row in products:  # in a loop, not unrolled: else "no spill in a loop" says nothing
@@ -58,6 +59,9 @@ def test_convnext_in_bf16(arch, c):
 
 SAMPLES = {
     "IEEE": (code.Call("fp32", 96, 384), 90),
+    "IEEE, of 128 channels": (code.Call("fp32", 128, 512), 90),
+    "TF32, of 128 channels": (code.Call("fp32", 128, 512, tf32=True), 90),
+    "rows that are far apart": (code.Call("bf16", 128, 512, gap=8), 90),
     "IEEE, wide": (code.Call("fp32", 384, 1536), 80),
     "TF32": (code.Call("fp32", 384, 1536, tf32=True), 90),
     "rows of any alignment": (code.Call("bf16", 97, 195, gelu=False), 90),
@@ -110,14 +114,14 @@ def test_the_report_sees_what_it_is_there_to_see():
     two = "two programs a multiprocessor for tiles of 128×128"
     assert broken(call, "_norm_linear_bwd_du_kernel", maxnreg=None) == [two]
     assert two in broken(call, "_norm_linear_product_kernel", num_stages=5)
-    # An operand from registers that the next one needs: what normalising inside of the loop would be.
-    assert broken(call, "_norm_linear_product_kernel", num_stages=1) == []
+    ieee = code.Call("fp32", 384, 1536)
+    assert "no spill in a loop" in broken(ieee, "_norm_linear_product_kernel", maxnreg=40)
 
 
 def test_two_calls_that_launch_the_same_are_compiled_once():
     few = code.jobs([90], ["bf16"], [96], everything=False)
     assert len(few) == len({(build.launch.kernel, repr(build.launch.constants)) for build, _ in few})
-    assert len(code.jobs([90, 89], ["bf16"], [96, 96], everything=False)) == 2 * len(few)
+    assert len(code.jobs([90], ["bf16"], [96, 96], everything=False)) == len(few)
 
 
 def test_rows_and_sizes_are_no_constants():

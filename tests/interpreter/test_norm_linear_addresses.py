@@ -46,17 +46,17 @@ def longest_rows():
     expected = elements(range(C), stride, range(rows - 128, rows))
     forward = arguments | GIVEN | {"eps": 1.0, "tiles": 2, "HAS_BIAS": False, "GELU": False, "C0": 32, "C1": 16}
     assert touched("fwd", rows // 128 - 1, **{k: v for k, v in forward.items() if k != "BLOCK_C"})["x_ptr"] == expected
-    backward = arguments | {"length": D, "sum_blocks": 1, "WHOLE_ROWS": True}
+    backward = arguments | {"length": D, "sum_blocks": 1, "HAS_NORM_WEIGHT": True, "WHOLE_ROWS": True}
     assert touched("bwd_x", rows // 128 - 1, **backward)["x_ptr"] == expected
 
 
 def normalise():
     found = touched(
-        "norm", LAST, P=P, stride_x=STRIDE, eps=1.0, C=C, DENSE=False, **GIVEN, GIVEN_STATISTICS=False, BLOCK_P=64,
-        BLOCK_C=64,
+        "norm", LAST, P=P, stride_x=STRIDE, eps=1.0, C=C, DENSE=False, **GIVEN, GIVEN_STATISTICS=False,
+        STORE_NORMED=True, STORE_XHAT=True, BLOCK_P=64, BLOCK_C=64,
     )  # fmt: skip
     assert found["x_ptr"] == elements(range(C), STRIDE)
-    assert found["normed_ptr"] == elements(range(C), C)
+    assert found["normed_ptr"] == found["xhat_ptr"] == elements(range(C), C)
 
 
 def product():
@@ -68,9 +68,9 @@ def product():
 
 def hidden():
     found = touched(
-        "bwd_du", 2 * LAST + 1, P=P, length=C, C=C, D=D, GELU=True, SUMS=True, PARTIALS=True, **BLOCK
+        "bwd_du", 2 * LAST + 1, P=P, length=C, C=C, D=D, HAS_BIAS=True, GELU=True, SUMS=True, PARTIALS=True, **BLOCK
     )  # fmt: skip
-    assert found["xhat_ptr"] == elements(range(C), C)
+    assert found["normed_ptr"] == elements(range(C), C)
     assert found["dy_ptr"] == found["du_ptr"] == elements(range(32, D), D)
     assert found["partials_ptr"] == {LAST * D + k for k in range(32, D)}
     assert found["sums_ptr"] == {2 * P + row for row in ROWS} | {3 * P + row for row in ROWS}
@@ -79,8 +79,8 @@ def hidden():
 def input_gradient():
     for whole in (True, False):
         found = touched(
-            "bwd_x", LAST, P=P, stride_x=STRIDE, length=D, sum_blocks=5, C=C, D=D, DENSE=False, WHOLE_ROWS=whole,
-            **BLOCK,
+            "bwd_x", LAST, P=P, stride_x=STRIDE, length=D, sum_blocks=5, C=C, D=D, DENSE=False,
+            HAS_NORM_WEIGHT=True, WHOLE_ROWS=whole, **BLOCK,
         )  # fmt: skip
         assert found["x_ptr"] == elements(range(C), STRIDE)
         assert found["dx_ptr"] == elements(range(C), C)
