@@ -183,6 +183,25 @@ def test_fp16_rows_as_large_as_they_get(c):
     proofs.prove_rounding(NormLinearCase("fp16", (60,), c, 40), make=make)
 
 
+@pytest.mark.parametrize("dtype, of_gamma, of_weight", [
+    ("bf16", 6.0, 0.1), ("fp16", 6.0, 0.1), ("fp16", 1e-4, 0.02),
+], ids=["u over all of GELU, bf16", "u over all of GELU, fp16", "W∘γ would underflow"])  # fmt: skip
+@pytest.mark.parametrize("c", [96, 264])
+def test_gamma_of_any_size(c, dtype, of_gamma, of_weight):
+    """What is made again in the backward pass is no further off than what PyTorch kept."""
+
+    def make(case, device, seed):
+        (x, gamma, beta, weight, bias), dy = proofs.normal_operands(case, device, seed)
+        random = torch.Generator().manual_seed(7)
+        gamma, weight = (
+            (torch.randn(t.shape, generator=random) * size).to(t.dtype)
+            for t, size in ((gamma, of_gamma), (weight, of_weight))
+        )
+        return [x, gamma, beta * 0, weight, bias * 0], dy
+
+    proofs.prove_rounding(NormLinearCase(dtype, (150,), c, 64, "gelu", arch=90), make=make)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("c", [40, 255])
 def test_rows_of_zeros_without_epsilon(c, dtype):
