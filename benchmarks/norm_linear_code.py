@@ -29,9 +29,10 @@ from benchmarks import cubin, machine_code
 from benchmarks.launches import Launch, captured
 from benchmarks.machine_code import ALL_ARCHS, ARCHS, COMMON_LIMITS, Options
 from dwconv_kernels.devices import REGISTERS, SHARED_KB
+from dwconv_kernels.dtypes import NAMES
 from dwconv_kernels.norm_linear import config, kernels, launch
 
-DTYPES = {name: dtype for dtype, name in launch._NAMES.items()}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 CHANNELS = (96, 192, 384)
 # The widths of ConvNeXt, and odd ones: rows that are not aligned, one channel.
 ALL_CHANNELS = (1, 40, 96, 97, 128, 160, 192, 255, 256, 320, 384, 512, 768, 1023, 1024, 1536, 2048)

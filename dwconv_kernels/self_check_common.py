@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .dtypes import NAMES
+
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 REPEATS = 100  # of a call whose bits have to stay the same; in the interpreter, 2
 Results = dict[str, Tensor]
 

@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import registration, runtime
+from ..dtypes import NAMES, name_of
 from . import config, kernels
 
 Pair = tuple[int, int]
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SUM_BLOCK = {"BLOCK_P": 32, "BLOCK_C": 32}  # partial sums are read as tiles of 4 KB, whole sectors of 32 channels
 _TAPS_BLOCK_C = 128
 
 
 def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> str | None:
     """Why no kernel takes this convolution; None where one does."""
-    name = _NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
-    autocast = runtime.autocast_dtype(x)
-    if autocast is not None:
-        name = _NAMES.get(autocast, str(autocast))
+    name = name_of(runtime.autocast_dtype(x) or x.dtype)
     n, c, h, w = x.shape
     if w + 2 * padding[1] > config.MAX_W or c * (w + 2 * padding[1]) >= 2**30 or max(n, h) >= 2**30:
         return (
@@ -93,7 +90,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, out
     x = x.contiguous(memory_format=torch.channels_last)
     y = out if out.is_contiguous(memory_format=torch.channels_last) else _empty_channels_last(out)
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, out.shape[2:], weight.shape[2:]
-    choice = config.pick_forward(_NAMES[x.dtype], kh, kw, _is_same((kh, kw), padding), ow, runtime.strict_kernels())
+    choice = config.pick_forward(NAMES[x.dtype], kh, kw, _is_same((kh, kw), padding), ow, runtime.strict_kernels())
     strips = choice.strips(ow)
     columns = n * strips * _blocks(c)
     rows = config.rows_per_program(runtime.arch(x), columns, oh, kh)
@@ -138,7 +135,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Ten
     x = x.contiguous(memory_format=torch.channels_last)
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, dy.shape[2:], kernel
     choice = config.pick_backward_weight(
-        _NAMES[x.dtype], kh, kw, _is_same(kernel, padding), ow, runtime.strict_kernels()
+        NAMES[x.dtype], kh, kw, _is_same(kernel, padding), ow, runtime.strict_kernels()
     )
     strips = choice.strips(ow)
     images, rows = config.cut_backward_weight(runtime.arch(x), strips * _blocks(c), n, h, kh)

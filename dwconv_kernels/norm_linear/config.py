@@ -1,7 +1,7 @@
 """Which kernels run layer norm + linear (+ GELU), and with which tiles: pure functions of the problem.
 
 No autotuning, as for the convolution: rows are never part of a choice, except that few of them are cut into smaller
-tiles. Registers, shared memory and waits are read from compiled code by ``python -m benchmarks.machine_code``.
+tiles. Registers, shared memory and waits are read from compiled code by ``python -m benchmarks.norm_linear_code``.
 """
 
 from __future__ import annotations

@@ -13,18 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import registration, runtime
+from ..dtypes import NAMES, name_of
 from . import config, kernels
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _VECTORS = {"BLOCK_D": 16, "BLOCK_C": 128}
 _COLUMN_SUM = {"BLOCK_P": 32, "BLOCK_D": 64}
 _FINISH = {"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_C": 32}
 _NORM_SUM = {"BLOCK_P": 32, "BLOCK_C": 32}
 _SMALL = {"num_warps": 4, "num_stages": 1}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def why_not(
@@ -33,15 +29,15 @@ def why_not(
     """Why no kernel takes this call; None where one does."""
     reason = _why_not(x, weight, runtime.autocast_dtype(x) or x.dtype)
     for parameter in (norm_weight, norm_bias, weight, bias):  # under autocast, they have dtypes of their own
-        if reason is None and parameter is not None and parameter.dtype not in _NAMES:
-            return f"a parameter is {_name(parameter.dtype)}; the kernels take bfloat16, float16 and float32"
+        if reason is None and parameter is not None and parameter.dtype not in NAMES:
+            return f"a parameter is {name_of(parameter.dtype)}; the kernels take bfloat16, float16 and float32"
     return reason
 
 
 def _why_not(x: Tensor, weight: Tensor, computed: torch.dtype) -> str | None:
     if math.prod(x.shape[:-1]) >= 2**30:
         return f"x has shape {tuple(x.shape)}; the kernels take fewer than 2^30 rows"
-    return config.why_not(_name(x.dtype), _name(computed), x.shape[-1], weight.shape[0])
+    return config.why_not(name_of(x.dtype), name_of(computed), x.shape[-1], weight.shape[0])
 
 
 class _Rows(NamedTuple):
@@ -55,7 +51,7 @@ class _Rows(NamedTuple):
     @property
     def vectors(self) -> bool:
         """Does every row begin at a multiple of 16 bytes, and does Triton see that (of strides: multiples of 16)?"""
-        dense = config.aligned(self.c, _NAMES[self.x.dtype]) if self.stride == self.c else self.stride % 16 == 0
+        dense = config.aligned(self.c, NAMES[self.x.dtype]) if self.stride == self.c else self.stride % 16 == 0
         return dense and self.x.data_ptr() % 16 == 0
 
     @property
@@ -108,7 +104,7 @@ def norm_linear_forward(
         return y, mean, rstd
     with runtime.on_device(x):
         rows, weight = _rows(x), _dense(weight, dtype)
-        tile = config.resident(_NAMES[dtype], rows.c, weight.shape[0], runtime.arch(x), rows.vectors)
+        tile = config.resident(NAMES[dtype], rows.c, weight.shape[0], runtime.arch(x), rows.vectors)
         arguments = (rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation)
         if tile is None:
             _forward_of_wide_rows(*arguments)
@@ -135,7 +131,7 @@ def _forward_of_wide_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, r
     _normalise(rows, norm_weight, norm_bias, mean, rstd, eps, normed, None)
     d, (tf32, precision) = weight.shape[0], _precision(y.dtype)
     arch = runtime.arch(y)
-    tile = config.product(_NAMES[y.dtype], rows.c, d, arch, config.few_rows(rows.p, d, arch), tf32)
+    tile = config.product(NAMES[y.dtype], rows.c, d, arch, config.few_rows(rows.p, d, arch), tf32)
     kernels._norm_linear_product_kernel[(-(-rows.p // tile.m) * -(-d // tile.n),)](
         normed, weight, _parameter(bias, mean), y, rows.p, rows.c,
         C=rows.c, D=d, HAS_BIAS=bias is not None, GELU=activation is not None, BLOCK_P=tile.m, BLOCK_D=tile.n,
@@ -198,7 +194,7 @@ class _Backward:
         self.norm_weight, self.norm_bias, weight, self.bias = parameters
         self.rows, self.mean, self.rstd = _rows(x), mean.contiguous(), rstd.contiguous()
         self.weight, self.wanted = _dense(weight, dy.dtype), wanted
-        self.name, (self.tf32, self.precision) = _NAMES[dy.dtype], _precision(dy.dtype)
+        self.name, (self.tf32, self.precision) = NAMES[dy.dtype], _precision(dy.dtype)
         self.d, self.arch = weight.shape[0], runtime.arch(x)
         self.dy = _dense(dy.reshape(self.rows.p, self.d), dy.dtype)
         self.whole = config.whole_rows(self.rows.c, self.arch, self.tf32)

@@ -31,6 +31,7 @@ from benchmarks import cubin, machine_code
 from benchmarks.launches import captured
 from benchmarks.machine_code import Build, Family, Options, Programs
 from dwconv_kernels.depthwise import launch
+from dwconv_kernels.dtypes import NAMES
 
 SLOW = Options(slow=2.0)  # machines that run tests are busy; the report's own limits are for those that do not
 FORWARD, WEIGHT = ("_depthwise_fwd_kernel", "_depthwise_fwd_pairs_kernel"), "_depthwise_bwd_weight_pairs_kernel"
@@ -122,7 +123,7 @@ def as_compiled_here(build):
 @pytest.mark.parametrize("dtype", config.DTYPES)
 def test_launches_compile_exactly_these_builds(launches, dtype, kernel_size, c):
     """Whatever the sizes are (1, divisible by 16) and however aligned the pointers, with every kernel met."""
-    (kh, kw), map_dtype = kernel_size, {v: k for k, v in launch._NAMES.items()}[dtype]
+    (kh, kw), map_dtype = kernel_size, {v: k for k, v in NAMES.items()}[dtype]
     for parameter_dtype in (map_dtype, torch.float32):
         for mode in (runtime.strict, contextlib.nullcontext):
             for h, w, padding in [(1, 56, "same"), (16, 14, "same"), (7, 7, "same"), (9, 9, "same"), (16, 16, (2, 2))]:

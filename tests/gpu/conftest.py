@@ -69,3 +69,25 @@ def proof_of(request):
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     with proving([item.callspec.params["proof"] for item in items if "proof" in item.callspec.params]) as wait:
         yield wait
+
+
+def captured(step, inputs, dy):
+    """What ``step(inputs, dy)`` returns, captured in a CUDA graph; and ``replay(inputs, dy)`` with other values."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(inputs, dy)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(inputs, dy)
+
+    def replay(fresh, fresh_dy):
+        with torch.no_grad():
+            for t, values in zip((*inputs, dy), (*fresh, fresh_dy), strict=True):
+                t.copy_(values)
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return results, replay

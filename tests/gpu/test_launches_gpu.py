@@ -17,7 +17,7 @@ from benchmarks.probes import compiled_kernels
 from dwconv_kernels import testing
 from tests import depthwise_proofs as proofs
 from tests.cases import DTYPES, KernelCase
-from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, only_on_gpu, skip_without_gpu
+from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, captured, only_on_gpu, skip_without_gpu
 
 pytestmark = pytest.mark.gpu
 skip_without_gpu()
@@ -65,22 +65,10 @@ def assert_exact(results, expected):
 def test_cuda_graph(dtype):
     """Forward and backward pass, captured once, and replayed with other values in the same places."""
     inputs, dy = operands(dtype=dtype)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(inputs, dy)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(inputs, dy)
+    results, replay = captured(step, inputs, dy)
     for _ in range(3):
         fresh, fresh_dy = operands(dtype=dtype)
-        with torch.no_grad():
-            for t, values in zip((*inputs, dy), (*fresh, fresh_dy), strict=True):
-                t.copy_(values)
-        graph.replay()
-        torch.cuda.synchronize()
+        replay(fresh, fresh_dy)
         assert_exact(results, exactly(fresh, fresh_dy))
 
 

@@ -11,7 +11,7 @@ from dwconv_kernels import testing
 from tests import norm_linear_proofs as proofs
 from tests.cases import DTYPES, MEANS
 from tests.dwconv_kernels.operands import norm_linear_operands
-from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, only_on_gpu, skip_without_gpu
+from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, captured, only_on_gpu, skip_without_gpu
 from tests.gpu.workers import Proof
 from tests.norm_linear_cases import NormLinearCase, norm_linear_cases
 
@@ -86,23 +86,11 @@ def assert_same(results, expected):
 def test_cuda_graph(case):
     """Forward and backward pass, captured once, and replayed with other values in the same places."""
     inputs, dy = operands(case)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(inputs, dy)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(inputs, dy)
+    results, replay = captured(step, inputs, dy)
     for seed in (1, 2, 3):
         fresh, fresh_dy = operands(case, seed)
         expected = step(fresh, fresh_dy)
-        with torch.no_grad():
-            for t, values in zip((*inputs, dy), (*fresh, fresh_dy), strict=True):
-                t.copy_(values)
-        graph.replay()
-        torch.cuda.synchronize()
+        replay(fresh, fresh_dy)
         assert_same(results, expected)
 
 
