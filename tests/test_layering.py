@@ -15,19 +15,25 @@ OPTIONAL = {"kornia", "matplotlib", "mlxtend", "numpy", "PIL", "safetensors", "s
 # What a module of a family may import besides the standard library; "torch" and "triton" are the packages.
 MAY_IMPORT = {
     "strips": {"triton", "primitives"},  # what the depthwise kernels share
-    "tiles": {"triton", "primitives"},  # what those of layer norm + linear share
-    "kernels": {"triton", "primitives", "strips", "kernels_weight", "tiles", "kernels_backward"},
+    "tiles": {"triton", "primitives"},  # what those of layer norm + linear share, and those of the block
+    "kernels": {"triton", "primitives", "strips", "kernels_weight", "tiles", "kernels_backward", "kernels_grn"},
     "kernels_backward": {"triton", "primitives", "tiles"},
+    "kernels_grn": {"triton", "primitives"},
     "kernels_weight": {"triton", "primitives", "strips"},
     "kernels_gluon": {"triton", "primitives", "strips"},
     "config": {"devices"},
     "reference": {"torch", "dtypes"},
-    "launch": {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluon", "config"},
+    # (of the reference, a launcher takes names of parameters and constants, and nothing that computes)
+    "launch": {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluon", "config", "reference"},
     "op": {"torch", "runtime", "registration", "dtypes", "reference"},
     "__init__": set(),
 }
 # The block is made of the other two: it alone may stand on another family.
-BLOCK_STANDS_ON = {"launch": {"launch"}, "reference": {"reference"}, "op": {"op"}}
+BLOCK_STANDS_ON = {
+    "tiles": {"tiles"}, "kernels": {"tiles"}, "kernels_backward": {"tiles", "kernels_backward"},
+    "kernels_grn": {"tiles"}, "config": {"config"}, "launch": {"launch", "config"}, "reference": {"reference"},
+    "op": {"op"},
+}  # fmt: skip
 
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [

@@ -54,7 +54,7 @@ def _forward_fake(*arguments):
         x.new_empty((n, h, w, c) if kept else 0, dtype=dtype),
         x.new_empty((n, h, w) if kept else 0, dtype=wide),
         x.new_empty((n, h, w) if kept else 0, dtype=wide),
-        x.new_empty((n, h, w, p.fc1_weight.shape[0]) if memory == "fast" else 0, dtype=dtype),
+        x.new_empty((n, h, w, p.fc1_weight.shape[0]) if reference.keeps_u(memory, c) else 0, dtype=dtype),
     )
 
 
@@ -235,19 +235,6 @@ def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) 
     return out.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
-def _select(x: Tensor, p: Parameters, row_scale: Tensor | None) -> str:
-    """The backend of a block. Where it has no kernels of its own, ``triton`` is the composition on those there are."""
-    if runtime.current_backend() == "triton" and not runtime.has_kernels("block"):
-        padding = reference.same_padding(p.dw_weight)
-        reason = depthwise.why_not(x, p.dw_weight, p.dw_bias, 1, padding)
-        if reason is None:
-            return "torch"
-        raise RuntimeError(
-            f'convnext_block cannot run under backend("triton"), its convolution has no kernel: {reason}'
-        )
-    return runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale))
-
-
 @runtime.explained_by(why_not)
 def convnext_block(
     x: Tensor,
@@ -287,9 +274,10 @@ def convnext_block(
         row_scale: (N,) or None, the drop-path factor per image, 0 or 1/keep, drawn by the caller; has no gradient.
         grn_weight, grn_bias: (D,), both or neither.
         eps: of the layer norm.
-        memory: what is kept for the backward pass. "default": x, the convolution's output and two numbers per pixel;
-            "lean": x alone; "fast": also the first linear layer's output. (The backend ``torch`` keeps what PyTorch's
-            operators keep, and for "lean" computes the block a second time.)
+        memory: what is kept for the backward pass. "default": x, the convolution's output, two numbers per pixel and,
+            from 768 channels on, the first linear layer's output; "lean": x alone; "fast": the first linear layer's
+            output for any number of channels. (The backend ``torch`` keeps what PyTorch's operators keep, and for
+            "lean" computes the block a second time.)
 
     Returns:
         (N, C, H, W) in the memory format of x and in its dtype; under autocast in the dtype of the composition above,
@@ -310,11 +298,13 @@ def convnext_block(
         return handle_torch_function(convnext_block, tensors, *tensors, eps=eps, memory=memory)
     x, p, row_scale = _unpack(tensors)
     _check(x, p, row_scale, eps, memory)
-    chosen = _select(x, p, row_scale)
+    chosen = runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale))
     if chosen == "torch" and not depthwise.is_empty(x):
         if memory == "lean" and torch.is_grad_enabled() and not runtime.exporting():
             return checkpoint(composition, x, p, row_scale, eps, use_reentrant=False, preserve_rng_state=False)
         return composition(x, p, row_scale, eps)
     dtype = runtime.autocast_dtype(x) or x.dtype
     backend = "reference" if chosen == "torch" else chosen
+    if not torch.is_grad_enabled():
+        memory = "lean"  # there is no backward pass to keep anything for
     return ConvNeXtBlockFunction.apply(*tensors, eps, memory, dtype, backend)

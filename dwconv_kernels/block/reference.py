@@ -25,6 +25,7 @@ from ..norm_linear.reference import (
 )
 
 GRN_EPS = 1e-6
+KEEP_U_FROM = 768  # channels from which computing u again would cost more than its 4·N elements: kernels' predicted time
 
 
 class Parameters(NamedTuple):
@@ -44,12 +45,17 @@ class Parameters(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward pass keeps; all of shape (0,) where ``memory="lean"``, ``u`` but where it is ``"fast"``."""
+    """What the forward pass keeps; all of shape (0,) where ``memory="lean"``, ``u`` except where :func:`keeps_u`."""
 
     y: Tensor  # (N, H, W, C), the convolution's output, in the compute dtype
     mean: Tensor  # (N, H, W)
     rstd: Tensor  # (N, H, W)
     u: Tensor  # (N, H, W, D), the first linear layer's output, in the compute dtype
+
+
+def keeps_u(memory: str, channels: int) -> bool:
+    """Is the first linear layer's output kept for the backward pass?"""
+    return memory == "fast" or (memory == "default" and channels >= KEEP_U_FROM)
 
 
 def same_padding(dw_weight: Tensor) -> tuple[int, int]:
@@ -119,7 +125,7 @@ def convnext_block_reference(
     nothing = y.new_empty(0)
     if memory == "lean":
         return out, Saved(nothing, mean.new_empty(0), mean.new_empty(0), nothing)
-    return out, Saved(y, mean, rstd, u.to(dtype) if memory == "fast" else nothing)
+    return out, Saved(y, mean, rstd, u.to(dtype) if keeps_u(memory, x.shape[1]) else nothing)
 
 
 def convnext_block_backward_reference(
@@ -142,7 +148,8 @@ def convnext_block_backward_reference(
     mean, rstd = statistics(wide, eps) if memory == "lean" else (saved.mean, saved.rstd)
     xhat = normalised(wide, mean, rstd)
     normed = scaled(xhat, p.norm_weight, p.norm_bias)
-    u = saved.u.to(wide.dtype) if memory == "fast" else linear(normed, p.fc1_weight, p.fc1_bias, dtype)
+    kept = keeps_u(memory, x.shape[1])
+    u = saved.u.to(wide.dtype) if kept else linear(normed, p.fc1_weight, p.fc1_bias, dtype)
     gelu_u = gelu(u)
 
     d = dout.to(wide.dtype).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)

@@ -40,7 +40,7 @@ def _why_not(x: Tensor, weight: Tensor, computed: torch.dtype) -> str | None:
     return config.why_not(name_of(x.dtype), name_of(computed), x.shape[-1], weight.shape[0])
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """x as (P, C), channels side by side, ``stride`` from row to row."""
 
     x: Tensor
@@ -59,15 +59,15 @@ class _Rows(NamedTuple):
         return {"C": self.c, "DENSE": self.stride == self.c}
 
 
-def _rows(x: Tensor) -> _Rows:
+def as_rows(x: Tensor) -> Rows:
     p, c = math.prod(x.shape[:-1]), x.shape[-1]
     x = x.reshape(p, c)
     if (c > 1 and x.stride(1) != 1) or (p > 1 and x.stride(0) >= 2**23):
         x = x.contiguous()
-    return _Rows(x, p, c, c if p == 1 or (c == 1 and x.is_contiguous()) else x.stride(0))
+    return Rows(x, p, c, c if p == 1 or (c == 1 and x.is_contiguous()) else x.stride(0))
 
 
-def _dense(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def dense(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The same values in ``dtype``, without gaps, from a multiple of 16 bytes on."""
     matrix = matrix.to(dtype).contiguous()
     return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
@@ -95,19 +95,23 @@ def norm_linear_forward(
     eps: float,
     activation: str | None,
     dtype: torch.dtype,
+    u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (..., D) in ``dtype``, and mean and rstd (...) in fp32, of x (..., C)."""
+    """y (..., D) in ``dtype``, and mean and rstd (...) in fp32, of x (..., C).
+
+    ``u``, like y, is filled with what GELU is taken of; only the kernels of wide rows do that, so they take all rows.
+    """
     _refuse_unsupported(x, weight, dtype)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if y.numel() == 0:
         return y, mean, rstd
     with runtime.on_device(x):
-        rows, weight = _rows(x), _dense(weight, dtype)
+        rows, weight = as_rows(x), dense(weight, dtype)
         tile = config.resident(NAMES[dtype], rows.c, weight.shape[0], runtime.arch(x), rows.vectors)
         arguments = (rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation)
-        if tile is None:
-            _forward_of_wide_rows(*arguments)
+        if tile is None or u is not None:
+            _forward_of_wide_rows(*arguments, u)
         else:
             _forward_of_resident_rows(*arguments, tile)
     return y, mean, rstd
@@ -126,21 +130,28 @@ def _forward_of_resident_rows(rows, norm_weight, norm_bias, weight, bias, y, mea
     )  # fmt: skip
 
 
-def _forward_of_wide_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation) -> None:
+def _forward_of_wide_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation, u) -> None:
     normed = rows.x.new_empty((rows.p, rows.c), dtype=y.dtype)
-    _normalise(rows, norm_weight, norm_bias, mean, rstd, eps, normed, None)
-    d, (tf32, precision) = weight.shape[0], _precision(y.dtype)
-    arch = runtime.arch(y)
-    tile = config.product(NAMES[y.dtype], rows.c, d, arch, config.few_rows(rows.p, d, arch), tf32)
-    kernels._norm_linear_product_kernel[(-(-rows.p // tile.m) * -(-d // tile.n),)](
-        normed, weight, _parameter(bias, mean), y, rows.p, rows.c,
-        C=rows.c, D=d, HAS_BIAS=bias is not None, GELU=activation is not None, BLOCK_P=tile.m, BLOCK_D=tile.n,
+    normalise(rows, norm_weight, norm_bias, mean, rstd, eps, normed, None)
+    product(normed, weight, bias, y, activation is not None, u)
+
+
+def product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, gelu: bool = False, u: Tensor | None = None
+) -> None:
+    """Fills y (P, D) with rows (P, C) times the transpose of the weight (D, C), both dense; u with y before GELU."""
+    (p, c), (d, _) = rows.shape, weight.shape
+    arch, (tf32, precision) = runtime.arch(y), _precision(y.dtype)
+    tile = config.product(NAMES[y.dtype], c, d, arch, config.few_rows(p, d, arch), tf32)
+    kernels._norm_linear_product_kernel[(-(-p // tile.m) * -(-d // tile.n),)](
+        rows, weight, _parameter(bias, y), y, y if u is None else u, p, c,
+        C=c, D=d, HAS_BIAS=bias is not None, GELU=gelu, STORE_U=u is not None, BLOCK_P=tile.m, BLOCK_D=tile.n,
         BLOCK_C=tile.k, PRECISION=precision, **tile.options(),
     )  # fmt: skip
 
 
-def _normalise(
-    rows: _Rows, norm_weight, norm_bias, mean, rstd, eps: float | None, normed: Tensor | None, xhat: Tensor | None
+def normalise(
+    rows: Rows, norm_weight, norm_bias, mean, rstd, eps: float | None, normed: Tensor | None, xhat: Tensor | None
 ) -> None:
     """Fills x̂∘γ + β and x̂ (P, C), those that are not None; mean and rstd are filled or, without an ``eps``, given."""
     block_p, block_c, warps = config.normalising(rows.c)
@@ -176,7 +187,8 @@ def norm_linear_backward(
             gradient.zero_()
         return dx, *gradients
     with runtime.on_device(x):
-        call = _Backward(dy, x, mean, rstd, parameters, activation, wanted)
+        call = Backward(x, mean, rstd, parameters, dy.dtype, wanted)
+        call.pre_activation_gradient(dy, activation)
         if wanted[0]:
             call.input_gradient(dx)
         if any(wanted[1:]):
@@ -184,43 +196,51 @@ def norm_linear_backward(
     return dx, *gradients
 
 
-class _Backward:
+class Backward:
     """One backward pass: what its steps share, computed once.
 
-    x̂, x̂∘γ + β and du are matrices of their own for as long as they are needed.
+    x̂, x̂∘γ + β and du are matrices of their own for as long as they are needed. What the steps after the first one
+    need of it is ``du`` (P, D), ``xhat`` (P, C) where ``needs_g``, and two kinds of sums over du, both fp32:
+    ``row_sums`` (column_blocks, 2, P) where ``sums``, as _norm_linear_bwd_du_kernel has them, and ``partials``, in
+    parts whose sum is db (D,).
     """
 
-    def __init__(self, dy, x, mean, rstd, parameters, activation, wanted):
+    def __init__(self, x, mean, rstd, parameters, dtype: torch.dtype, wanted):
         self.norm_weight, self.norm_bias, weight, self.bias = parameters
-        self.rows, self.mean, self.rstd = _rows(x), mean.contiguous(), rstd.contiguous()
-        self.weight, self.wanted = _dense(weight, dy.dtype), wanted
-        self.name, (self.tf32, self.precision) = NAMES[dy.dtype], _precision(dy.dtype)
+        self.rows, self.mean, self.rstd = as_rows(x), mean.contiguous(), rstd.contiguous()
+        self.weight, self.wanted, self.dtype = dense(weight, dtype), wanted, dtype
+        self.name, (self.tf32, self.precision) = NAMES[dtype], _precision(dtype)
         self.d, self.arch = weight.shape[0], runtime.arch(x)
-        self.dy = _dense(dy.reshape(self.rows.p, self.d), dy.dtype)
         self.whole = config.whole_rows(self.rows.c, self.arch, self.tf32)
         self.sums = wanted[0] and not self.whole
         self.needs_g = wanted[1] or wanted[3]
-        gelu = activation is not None
-        normed = self._normalised(gelu or self.sums)
-        self._hidden(normed, gelu, any(wanted[1:]))
+        self.du = self.xhat = self.row_sums = self.partials = None
+        self.column_blocks = 0
 
-    def _normalised(self, needed: bool) -> Tensor:
-        """x̂∘γ + β where it is ``needed``; x̂, where G is made of it, is kept."""
+    def pre_activation_gradient(self, dy: Tensor, activation: str | None) -> None:
+        """The first step, from dy (..., D)."""
+        gelu = activation is not None
+        dy = dense(dy.reshape(self.rows.p, self.d), dy.dtype)
+        normed = self.normalised(gelu or self.sums)
+        self._hidden(dy, dy if normed is None else normed, gelu, any(self.wanted[1:]))
+
+    def normalised(self, needed: bool) -> Tensor | None:
+        """x̂∘γ + β, where it is ``needed``; x̂, where G is made of it, is kept."""
         plain = self.norm_weight is None and self.norm_bias is None
-        empty = lambda: self.dy.new_empty((self.rows.p, self.rows.c))  # noqa: E731
+        empty = lambda: self.rows.x.new_empty((self.rows.p, self.rows.c), dtype=self.dtype)  # noqa: E731
         self.xhat = empty() if self.needs_g or (needed and plain) else None
         normed = empty() if needed and not plain else None
         if self.xhat is not None or normed is not None:
             parameters = self.norm_weight, self.norm_bias
-            _normalise(self.rows, *parameters, self.mean, self.rstd, None, normed, self.xhat)
-        matrices = (normed, self.xhat, self.dy)  # the last is not read
-        return next(matrix for matrix in matrices if matrix is not None)
+            normalise(self.rows, *parameters, self.mean, self.rstd, None, normed, self.xhat)
+        return self.xhat if normed is None else normed
 
     def _tile(self, length: int, n: int) -> config.Tile:
         few = config.few_rows(self.rows.p, n, self.arch)
         return config.product(self.name, length, n, self.arch, few, self.tf32)
 
-    def _vectors(self) -> Tensor:
+    def vectors(self) -> Tensor:
+        """(2, D): s = W·γ and t = W·β, of which the sums of rows are made."""
         vectors = self.mean.new_empty((2, self.d))
         kernels._norm_linear_vectors_kernel[(-(-self.d // _VECTORS["BLOCK_D"]),)](
             _parameter(self.norm_weight, self.mean), _parameter(self.norm_bias, self.mean), self.weight, vectors,
@@ -229,22 +249,27 @@ class _Backward:
         )  # fmt: skip
         return vectors
 
-    def _hidden(self, normed: Tensor, gelu: bool, parameters: bool) -> None:
+    def _hidden(self, dy: Tensor, normed: Tensor, gelu: bool, parameters: bool) -> None:
         """du, the sums of its rows that the input gradient needs, and those of its columns."""
         p, c, d = self.rows.p, self.rows.c, self.d
         tile = self._tile(c, d)
-        self.row_blocks, self.column_blocks = -(-p // tile.m), -(-d // tile.n)
-        self.du = torch.empty_like(self.dy) if gelu else self.dy
-        self.row_sums = self.mean.new_empty((self.column_blocks, 2, p) if self.sums else 0)
-        self.partials = self.mean.new_empty((self.row_blocks, d) if parameters else 0)
+        self.du = torch.empty_like(dy) if gelu else dy
+        row_blocks = self.allocate_sums(tile.m, tile.n, parameters)
         if not (gelu or self.sums or parameters):
             return
-        kernels._norm_linear_bwd_du_kernel[(self.row_blocks * self.column_blocks,)](
-            normed, self.weight, _parameter(self.bias, self.mean), self._vectors() if self.sums else self.mean,
-            self.dy, self.du, self.row_sums, self.partials, p, c,
+        kernels._norm_linear_bwd_du_kernel[(row_blocks * self.column_blocks,)](
+            normed, self.weight, _parameter(self.bias, self.mean), self.vectors() if self.sums else self.mean,
+            dy, self.du, self.row_sums, self.partials, p, c,
             C=c, D=d, **_given(bias=self.bias), GELU=gelu, SUMS=self.sums, PARTIALS=parameters, BLOCK_P=tile.m,
             BLOCK_D=tile.n, BLOCK_C=tile.k, PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
+
+    def allocate_sums(self, block_p: int, block_d: int, parameters: bool) -> int:
+        """Allocates what a kernel over blocks of rows and outputs sums up on its way; how many blocks of rows."""
+        row_blocks, self.column_blocks = -(-self.rows.p // block_p), -(-self.d // block_d)
+        self.row_sums = self.mean.new_empty((self.column_blocks, 2, self.rows.p) if self.sums else 0)
+        self.partials = self.mean.new_empty((row_blocks, self.d) if parameters else 0)
+        return row_blocks
 
     def input_gradient(self, dx: Tensor) -> None:
         """Fills dx."""
@@ -259,35 +284,11 @@ class _Backward:
         )  # fmt: skip
         self.row_sums = None  # so that its memory can be that of the parts of G
 
-    def _weight_parts(self) -> Tensor:
-        """G in parts (parts, D, C)."""
-        p, c, d = self.rows.p, self.rows.c, self.d
-        tile = config.weight_gradient(self.name, c, d, self.arch)
-        tiles = -(-d // tile.m) * -(-c // tile.n)
-        rows = config.rows_per_part(self.arch, tiles, p, tile.k)
-        parts = self.mean.new_empty((-(-p // rows), d, c))
-        kernels._norm_linear_bwd_weight_kernel[(len(parts) * tiles,)](
-            self.du, self.xhat, parts, p, rows,
-            C=c, D=d, BLOCK_P=tile.k, BLOCK_D=tile.m, BLOCK_C=tile.n, PRECISION=self.precision, **tile.options(),
-        )  # fmt: skip
-        return parts
-
-    def _fewer_partials(self) -> Tensor:
-        """The parts of db, so few that a program that finishes a block of dW can add up those of its own outputs."""
-        group = config.PARTS_PER_SUM
-        if self.row_blocks <= group:
-            return self.partials
-        fewer = self.mean.new_empty((-(-self.row_blocks // group), self.d))
-        kernels._norm_linear_column_sum_kernel[(len(fewer) * -(-self.d // _COLUMN_SUM["BLOCK_D"]),)](
-            self.partials, fewer, self.row_blocks, group, D=self.d, **_COLUMN_SUM, **_SMALL,
-        )  # fmt: skip
-        return fewer
-
     def parameter_gradients(self, dnorm_weight: Tensor, dnorm_bias: Tensor, dw: Tensor, db: Tensor) -> None:
         """Fills those that are wanted."""
         c, d, (_, wants_norm_weight, wants_norm_bias, wants_dw, wants_db) = self.rows.c, self.d, self.wanted
-        parts = self._weight_parts() if self.needs_g else self.mean.new_empty((0, d, c))
-        partials = self._fewer_partials()
+        parts = weight_parts(self.du, self.xhat) if self.needs_g else self.mean.new_empty((0, d, c))
+        partials = fewer_parts(self.partials)
         blocks_d, blocks_c = -(-d // _FINISH["BLOCK_D"]), -(-c // _FINISH["BLOCK_C"])
         norm_parts = self.mean.new_empty((blocks_d, 2, c))
         kernels._norm_linear_finish_kernel[(blocks_d * blocks_c,)](
@@ -301,6 +302,32 @@ class _Backward:
                 norm_parts, dnorm_weight, dnorm_bias, blocks_d,
                 C=c, STORE_WEIGHT=wants_norm_weight, STORE_BIAS=wants_norm_bias, **_NORM_SUM, **_SMALL,
             )  # fmt: skip
+
+
+def weight_parts(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ·b of a (P, D) and b (P, C), dense and of the same dtype, over parts of the rows: (parts, D, C) in fp32."""
+    (p, d), c, arch = a.shape, b.shape[1], runtime.arch(a)
+    tile = config.weight_gradient(NAMES[a.dtype], c, d, arch)
+    tiles = -(-d // tile.m) * -(-c // tile.n)
+    rows = config.rows_per_part(arch, tiles, p, tile.k)
+    parts = a.new_empty((-(-p // rows), d, c), dtype=torch.float32)
+    kernels._norm_linear_bwd_weight_kernel[(len(parts) * tiles,)](
+        a, b, parts, p, rows,
+        C=c, D=d, BLOCK_P=tile.k, BLOCK_D=tile.m, BLOCK_C=tile.n, PRECISION=_precision(a.dtype)[1], **tile.options(),
+    )  # fmt: skip
+    return parts
+
+
+def fewer_parts(parts: Tensor) -> Tensor:
+    """Rows with the same sum as those of parts (rows, D), at most 1/64 of them where they are more than 64."""
+    group, (count, d) = config.PARTS_PER_SUM, parts.shape
+    if count <= group:
+        return parts
+    fewer = parts.new_empty((-(-count // group), d))
+    kernels._norm_linear_column_sum_kernel[(len(fewer) * -(-d // _COLUMN_SUM["BLOCK_D"]),)](
+        parts, fewer, count, group, D=d, **_COLUMN_SUM, **_SMALL,
+    )  # fmt: skip
+    return fewer
 
 
 def _refuse_unsupported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:

@@ -70,13 +70,22 @@ def _standardised(x, mask, mean, rstd, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _weights(ptr, offs_k, offs_c, C: tl.constexpr, D: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_C: tl.constexpr):
-    """A tile of Wᵀ, channels × outputs."""
-    pointers = ptr + (offs_k[None, :] * C + offs_c[:, None])
-    if WHOLE_K and WHOLE_C:  # a load without a mask is copied to shared memory in half the instructions
+def _matrix(
+    ptr, offs_m, offs_n, stride_m: tl.constexpr, stride_n: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WHOLE_M: tl.constexpr, WHOLE_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of a matrix (M, N) of any strides, in its own dtype, 0 from M and from N on, unless all are inside."""
+    pointers = ptr + (offs_m[:, None] * stride_m + offs_n[None, :] * stride_n)
+    if WHOLE_M and WHOLE_N:  # a load without a mask is copied to shared memory in half the instructions
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(offs_k < D)[None, :] & (offs_c < C)[:, None], other=0.0)
+        return tl.load(pointers, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def _weights(ptr, offs_k, offs_c, C: tl.constexpr, D: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_C: tl.constexpr):
+    """A tile of Wᵀ, channels × outputs."""
+    return _matrix(ptr, offs_c, offs_k, 1, C, C, D, WHOLE_C, WHOLE_K)
 
 
 @triton.jit

@@ -61,9 +61,9 @@ def test_rows_that_lie_evenly_are_read_in_place():
     (x, *_), _ = proofs.normal_operands(SMALL)
     for layout in cases.LAYOUTS:
         placed = proofs.in_layout(x, layout)
-        in_place = launch._rows(placed).x.data_ptr() == placed.data_ptr()
+        in_place = launch.as_rows(placed).x.data_ptr() == placed.data_ptr()
         assert in_place == (layout in ("contiguous", "offset", "slice", "expanded")), layout
-    assert launch._rows(proofs.in_layout(x, "expanded")).stride == 0
+    assert launch.as_rows(proofs.in_layout(x, "expanded")).stride == 0
 
 
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 2, 3, 1, 8), (8, 1, 1)], ids=str)
