@@ -10,6 +10,7 @@ The only module that reads environment variables:
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -57,8 +58,7 @@ class backend:
     computes a second time is a forward pass, and runs on the backend that is in force then.)
 
     - ``auto``: CUDA tensors on the kernels where :func:`supports` says yes, everything else on ``torch``;
-    - ``triton``: the kernels, or an error that says why not (a block, which has none of its own yet, is the kernels of
-      its convolution and PyTorch's operators for the rest);
+    - ``triton``: the kernels, or an error that says why not;
     - ``reference``: the registered operators on their plain PyTorch definition with the hand-written backward;
     - ``torch``: a composition of PyTorch's own operators, with PyTorch's own autograd.
 
@@ -241,8 +241,20 @@ def _constant(function: Callable) -> Callable:
     return function
 
 
-# What does not change while a process runs.
-@_constant
+def _found_once(function: Callable) -> Callable:
+    """``function`` of what does not change while a process runs, and every call of an operator asks for."""
+    found = {}
+
+    @functools.wraps(function)
+    def answer(*args):
+        if args not in found:
+            found[args] = function(*args)
+        return found[args]
+
+    return _constant(answer)
+
+
+@_found_once
 def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -252,7 +264,7 @@ def _why_not_triton() -> str | None:
     return None
 
 
-@_constant
+@_found_once
 def _why_not_family(family: str) -> str | None:
     reason = _why_not_triton()
     if reason is None and importlib.util.find_spec(f"{__package__}.{family}.launch") is None:
@@ -287,7 +299,7 @@ def _import_launchers(family: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{family}.launch")
 
 
-@_constant
+@_found_once
 def _why_not_cuda(index: int) -> str | None:
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; the kernels are built for NVIDIA GPUs"

@@ -1,7 +1,7 @@
 """Which kernels run a block's tail, and with which tiles: pure functions of the problem.
 
-No autotuning, and no choice depends on the number of rows, except that few of them take smaller tiles. Registers, shared
-memory, waits and predicted times are read from compiled code by ``python -m benchmarks.block_code``.
+No autotuning, and no choice depends on the number of rows, except that few of them take smaller tiles. Registers,
+shared memory, waits and predicted times are read from compiled code by ``python -m benchmarks.block_code``.
 """
 
 from __future__ import annotations

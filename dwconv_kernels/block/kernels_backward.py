@@ -117,9 +117,7 @@ def _block_bwd_rows_kernel(
         dtype: tl.constexpr = fc1_ptr.dtype.element_ty
         x0 = _standardised(_tile(y_ptr, p * C, c0, mask_p, c0 < C), c0 < C, mean, rstd, C0 <= C)
         if STORE_XHAT:
-            tl.store(
-                xhat_ptr + (p[:, None] * C + c0[None, :]), x0.to(dtype), mask=mask_p[:, None] & (c0 < C)[None, :]
-            )
+            tl.store(xhat_ptr + (p[:, None] * C + c0[None, :]), x0.to(dtype), mask=mask_p[:, None] & (c0 < C)[None, :])
         normed0 = _affine(x0, c0, norm_weight_ptr, norm_bias_ptr, C, HAS_NORM_WEIGHT, HAS_NORM_BIAS, C0 <= C)
         normed0 = normed0.to(dtype)
         d0 = _rows_of(d_ptr, p, c0, mask_p, C)
@@ -318,7 +316,7 @@ def _block_bwd_scale_sum_kernel(
     C: tl.constexpr, HAS_FC2_BIAS: tl.constexpr, HAS_LAYER_SCALE: tl.constexpr, STORE_SCALE: tl.constexpr,
     STORE_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dλ_c = Σ_k W2_ck·Q_ck + b2_c·Σ_p d_pc and db2 = λ∘Σ_p d, from their parts; fc2 tells which dtype b2 is read in."""
+    """dλ_c = Σ_k W2_ck·Q_ck + b2_c·Σ_p d_pc and db2 = λ∘Σ_p d, from their parts; b2 is rounded to the dtype of fc2."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_FC2_BIAS:

@@ -1,7 +1,7 @@
 """Global response normalisation of a block's hidden channels: h = a·s + v with s = 1 + w∘R of each image.
 
-Conventions as in kernels.py. Programs take a block of pixels of one image, and a block of hidden channels. The sums over
-an image are finished by launch.py: they are N·D numbers.
+Conventions as in kernels.py. Programs take a block of pixels of one image, and a block of hidden channels. The sums
+over an image are finished by launch.py: they are N·D numbers.
 """
 
 import triton

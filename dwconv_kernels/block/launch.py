@@ -111,7 +111,7 @@ def _convolved(x: Tensor, p: Parameters, dtype: torch.dtype) -> Tensor:
 
 
 def block_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out (N, C, H, W) in x's memory format, and what is saved: y, mean, rstd, u; each of shape (0,) where it is not."""
+    """out (N, C, H, W) in x's memory format, and what is saved: y, mean, rstd, u, of shape (0,) where it is not."""
     *parameters, row_scale, grn_weight, grn_bias, eps, memory, dtype = arguments
     p = Parameters(*parameters, grn_weight, grn_bias)
     call = _call(x, p, row_scale, dtype)

@@ -25,7 +25,7 @@ from ..norm_linear.reference import (
 )
 
 GRN_EPS = 1e-6
-KEEP_U_FROM = 768  # channels from which computing u again would cost more than its 4·N elements: kernels' predicted time
+KEEP_U_FROM = 768  # channels from which computing u again takes longer than keeping its 4·N elements, as predicted
 
 
 class Parameters(NamedTuple):

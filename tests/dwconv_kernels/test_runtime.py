@@ -189,7 +189,7 @@ def test_facts_about_the_machine_are_constants_to_the_compiler():
     """Nothing of how they are found out can be traced; on a GPU every compiled call asks for all three."""
 
     def function(x):
-        reasons = (runtime._why_not_triton(), runtime._why_not_family("depthwise"), runtime._why_not_cuda(0))
+        reasons = (runtime._why_not_triton(), runtime._why_not_family("depthwise"), runtime._why_not_cuda.__wrapped__(0))
         return x + len([reason for reason in reasons if reason is None])
 
     torch._dynamo.reset()
@@ -198,6 +198,8 @@ def test_facts_about_the_machine_are_constants_to_the_compiler():
 
 
 def test_an_old_triton_is_named(monkeypatch):
+    for found_once in ("_why_not_family", "_why_not_triton"):
+        monkeypatch.setattr(runtime, found_once, getattr(runtime, found_once).__wrapped__)
     monkeypatch.setattr(runtime, "triton_version", lambda: "3.2.0")
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(RuntimeError, match=r"Triton 3\.2\.0 is installed; the kernels need 3\.6 or newer"):
@@ -205,9 +207,9 @@ def test_an_old_triton_is_named(monkeypatch):
 
 
 def test_old_gpus_and_rocm_are_named(monkeypatch):
-    assert runtime._why_not_cuda(0) == "PyTorch sees no CUDA device" or torch.cuda.is_available()
+    assert runtime._why_not_cuda.__wrapped__(0) == "PyTorch sees no CUDA device" or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "sm_75; the kernels need sm_80" in runtime._why_not_cuda(0)
+    assert "sm_75; the kernels need sm_80" in runtime._why_not_cuda.__wrapped__(0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in runtime._why_not_cuda(0)
+    assert "ROCm" in runtime._why_not_cuda.__wrapped__(0)
