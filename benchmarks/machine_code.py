@@ -10,22 +10,18 @@ as in large batches, and one image; ``--rows`` and ``--images`` say otherwise. S
 nothing, without any cache; time in which the machine was busy with something else does not count.
 
 The predicted time is that of issue slots alone on an H100 (132 multiprocessors × 4 schedulers × 32 lanes at 1.75 GHz).
-The memory floor is each map once at 3.0 TB/s, the copy bandwidth measured on one; its share is floor / prediction, and
-above 100 % memory is what limits.
+The memory floor is each map once, a residual too, at 3.0 TB/s, the copy bandwidth measured on one; its share is floor /
+prediction, and above 100 % memory is what limits.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +30,7 @@ from typing import NamedTuple
 import triton
 
 from benchmarks import cubin
+from benchmarks.compiling import run
 from dwconv_kernels.depthwise import config, kernels, launch
 from dwconv_kernels.devices import REGISTERS, SHARED_KB
 
@@ -85,6 +82,17 @@ class Build:
     def warps(self) -> int:
         return dict(self.options)["num_warps"]
 
+    @property
+    def residual(self) -> str | None:
+        """The dtype of the residual that it adds; None where it adds none."""
+        return dict(self.types)["residual_ptr"].strip("*") if dict(self.constants).get("HAS_RESIDUAL") else None
+
+    @property
+    def bytes_per_output(self) -> int:
+        """Of all maps, each once: x and y or dy, and the residual."""
+        maps = ["x_ptr", "y_ptr", "dy_ptr"] + ["residual_ptr"] * (self.residual is not None)
+        return sum(BYTES[type.strip("*")] for name, type in self.types if name in maps)
+
 
 class Programs(NamedTuple):
     """``count`` programs that run their loops equally often: ``trips``, outermost first."""
@@ -108,16 +116,24 @@ class Family:
 
 
 def depthwise_builds(dtype: str, kh: int, kw: int, c: int) -> Iterator[Build]:
-    """Every choice that config ships, strict ones too, then the two small kernels."""
+    """Every choice that config ships, strict ones too, then the two small kernels.
+
+    Forward kernels also with a residual, which the block's input gradient adds: of the map's dtype, as what it writes,
+    and both in fp32, as under autocast.
+    """
     map_type, table = f"*{dtype}", "*fp32"
     common = ("depthwise", dtype, kh, kw, c)
     for choice in dict.fromkeys(
         itertools.chain(config.shipped(dtype, kh, kw), config.shipped(dtype, kh, kw, strict=True))
     ):
-        types = {"x_ptr": map_type, "dy_ptr": map_type, "y_ptr": map_type, "taps_ptr": table, "partials_ptr": table}
-        loops = ("images", "rows") if "bwd_weight" in choice.kernel else ("rows",)
-        constants, options = choice.constants(c, kh, kw), choice.options()
-        yield _build(common, choice.kernel, types, constants, options, loops=loops, choice=choice)
+        backward = "bwd_weight" in choice.kernel
+        loops = ("images", "rows") if backward else ("rows",)
+        for residual in (None,) if backward else dict.fromkeys((None, map_type, table)):
+            y = residual or map_type
+            types = {"x_ptr": map_type, "dy_ptr": map_type, "residual_ptr": y, "y_ptr": y}
+            types |= {"taps_ptr": table, "partials_ptr": table}
+            constants = choice.constants(c, kh, kw, residual is not None)
+            yield _build(common, choice.kernel, types, constants, choice.options(), loops=loops, choice=choice)
     size, options = {"KH": kh, "KW": kw}, {"num_warps": 4, "num_stages": 1}
     for parameter in dict.fromkeys((map_type, "*fp32")):  # under autocast they are fp32
         types = {"x_ptr": map_type, "weight_ptr": parameter, "bias_ptr": parameter, "taps_ptr": table}
@@ -208,9 +224,10 @@ LIMITS = (
     ),
 )
 
-# Issue slots per output of 7×7 in bf16 on sm_90, at most: (kernels, widths, limit). Memory alone takes as long as 39
-# slots, and 38.5 products are the fewest; kernels at 50 and 56 slots are known, and what is above is a step back.
-SLOTS = (("_depthwise_fwd_", (56, 28, 14, 7), 54), ("_depthwise_bwd_weight_", (56, 28), 60))
+# Issue slots per output of 7×7 in bf16 on sm_90, at most: (kernels, widths, limit, limit with a residual). Memory alone
+# takes as long as 39 slots, and 38.5 products are the fewest; kernels at 50 and 56 slots are known, and what is above
+# is a step back. Of a residual, each value is loaded, made fp32 and added.
+SLOTS = (("_depthwise_fwd_", (56, 28, 14, 7), 54, 59), ("_depthwise_bwd_weight_", (56, 28), 60, None))
 
 
 def broken(row: dict, options: Options) -> list[str]:
@@ -218,8 +235,8 @@ def broken(row: dict, options: Options) -> list[str]:
     names = [name for name, kept, _ in LIMITS if not kept(row, options)]
     counted = (row["arch"], row["dtype"], row["K"], row["strict"]) == (90, "bf16", "7", False)
     if counted and row["C"] % config.BLOCK_C == 0 and (options.rows, options.images) == (None, 1):
-        for prefix, widths, limit in SLOTS:
-            slots = row["slots_per_output"]
+        for prefix, widths, alone, with_residual in SLOTS:
+            slots, limit = row["slots_per_output"], with_residual if row["residual"] else alone
             if row["kernel"].startswith(prefix) and row["W"] in widths and not (slots and slots <= limit):
                 names.append(f"{limit} slots per output at {row['H']}×{row['W']}")
     return names
@@ -252,6 +269,7 @@ def _of_build(build: Build, arch: int) -> dict:
     return {
         "family": build.family, "kernel": build.kernel, "arch": arch, "dtype": build.dtype,
         "parameters": types.get("weight_ptr", types.get("dw_ptr", "")).strip("*") or None,
+        "residual": build.residual,
         "K": str(build.kh) if build.kh == build.kw else f"{build.kh}x{build.kw}", "KH": build.kh, "KW": build.kw,
         "C": build.c, "edge": build.choice and build.choice.edge, "block_w": build.choice and build.choice.block_w,
         "warps": build.warps, "H": None, "W": None, "strict": False, "triton": triton.__version__,
@@ -304,7 +322,7 @@ def _of_map(build: Build, program: cubin.Program, arch: int, h: int | None, w: i
     return {
         "slots_per_output": round(slots / outputs, 2),
         "ps_per_output": round(ps, 3) if on_h100 else None,
-        "floor_fraction": round(2 * BYTES[build.dtype] / COPY_BYTES_PER_PS / ps, 3) if on_h100 else None,
+        "floor_fraction": round(build.bytes_per_output / COPY_BYTES_PER_PS / ps, 3) if on_h100 else None,
         "rows_per_program": options.rows or h,
         "images_per_program": options.images,
         "loops": loops,
@@ -315,8 +333,8 @@ def text(rows: list[dict]) -> str:
     """The rows of one kernel, for people to read."""
     row = rows[0]
     strip = f", {row['edge']} {row['block_w']}" if row["edge"] else ""
-    parameters = f", parameters {row['parameters']}" if row["parameters"] else ""
-    lines = [f"sm_{row['arch']} {row['dtype']} {row['K']} C={row['C']} {row['kernel']}{strip}{parameters}:"]
+    more = "".join(f", {name} {row[name]}" for name in ("parameters", "residual") if row[name])
+    lines = [f"sm_{row['arch']} {row['dtype']} {row['K']} C={row['C']} {row['kernel']}{strip}{more}:"]
     if "error" in row:
         lines.append(f"    {row['error'].splitlines()[0]} … {row['error'].splitlines()[-1]}")
     else:
@@ -351,36 +369,6 @@ def jobs(archs, dtypes, kernel_sizes, channels) -> list[tuple[Build, int]]:
     return [(build, arch) for arch in archs for build in builds.values()]
 
 
-def run(
-    jobs: list[tuple], options: Options, processes: int, report: Callable = report, failed: Callable = failed
-) -> Iterator[list[dict]]:
-    """Reports of all jobs, in their order, by processes that compile at the same time. None of them is this one.
-
-    A job is what ``report`` takes before the options; ``failed(*job, error)`` is the row of one that has no report.
-    """
-    left = list(jobs)
-    while left:
-        done = 0
-        # Spawned, not forked, as LLVM has threads.
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(report, *job, options) for job in left]
-            with contextlib.suppress(BrokenProcessPool):  # a compiler can take its process with it
-                for future in futures:
-                    yield future.result()
-                    done += 1
-        if left := left[done:]:
-            yield _alone(left.pop(0), options, report, failed)
-
-
-def _alone(job: tuple, options: Options, report: Callable, failed: Callable) -> list[dict]:
-    """A report by a process of its own: when one of several processes dies, nobody knows what it was compiling."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(report, *job, options).result()
-        except BrokenProcessPool:
-            return [failed(*job, "the process that compiled it died")]
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     if triton.knobs.runtime.interpret:
@@ -390,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = jobs(arguments.arch, arguments.dtype, arguments.kernel_size, arguments.channels)
     reasons = {name: reason for name, _, reason in LIMITS}
     rows, failures = [], []
-    for found in run(todo, options, arguments.jobs):
+    for found in run(todo, options, arguments.jobs, report, failed):
         rows += found
         lines = text(found)
         print(lines, flush=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dwconv_kernels as dk
-from dwconv_kernels import runtime, testing
+from dwconv_kernels import registration, runtime, testing
 from tests.cases import CUTS, KernelCase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +78,15 @@ def operands(case: KernelCase, make: Callable[[tuple], Tensor], device: str = "c
     return inputs, map_in_layout(dy, case.dy, case.offset)
 
 
+def input_gradient(case: KernelCase, weight: Tensor, dy: Tensor, residual: Tensor, dx_dtype: torch.dtype) -> Tensor:
+    """dx with the residual added to it, as a block's backward pass asks for it, in the memory format of ``case.x``."""
+    like = map_in_layout(torch.empty((case.n, case.c, case.h, case.w), device=dy.device), case.x, case.offset)
+    dx = registration.empty_map(like, like.shape, dx_dtype)
+    with cut(case.cut), dk.strict() if case.strict else contextlib.nullcontext():
+        runtime.launchers("depthwise").depthwise_input_gradient(dy, weight, (case.ph, case.pw), dx, residual)
+    return dx
+
+
 @contextlib.contextmanager
 def cut(name: str) -> Iterator[None]:
     """Maps are cut up as cases.CUTS says, whatever there would be to gain from it."""
@@ -123,6 +132,32 @@ def prove_exact(case: KernelCase, device: str = "cpu", seed: int = 0) -> None:
     weight = inputs[1]
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     assert not dense or actual[2].stride() == weight.stride(), f"dw has strides {actual[2].stride()}"
+
+
+def prove_residual(
+    case: KernelCase, residual: str, dx: str, layout: str = "channels_last", device: str = "cpu", seed: int = 0
+) -> None:
+    """T0 for an input gradient that a residual is added to, in dtypes ``residual`` and ``dx`` of their own."""
+    random = torch.Generator().manual_seed(seed)
+    inputs, dy = operands(case, lambda shape: testing.integers(shape, generator=random), device)
+    added = testing.integers(inputs[0].shape, generator=random).to(device, DTYPES[residual])
+    added = map_in_layout(added, layout, case.offset)
+    actual = input_gradient(case, inputs[1], dy, added, DTYPES[dx])
+    assert actual.dtype == DTYPES[dx]
+    testing.assert_exact(actual, exactly(case, inputs, dy)[1] + added.double(), "dx with the residual")
+
+
+def prove_residual_rounding(case: KernelCase, residual: str, dx: str, device: str = "cpu", seed: int = 0) -> None:
+    """T1, T3 for the same: the sum is rounded once, to the dtype of dx, however much of it cancels."""
+    random = torch.Generator().manual_seed(seed)
+    inputs, dy = operands(case, lambda shape: torch.randn(shape, generator=random, dtype=torch.float64), device)
+    exact, magnitude = (exactly(case, inputs, dy, of)[1] for of in (lambda t: t, torch.abs))
+    noise = torch.randn(exact.shape, generator=random, dtype=torch.float64).to(device)
+    added = (noise / 8 - exact).to(DTYPES[residual])
+    actual = input_gradient(case, inputs[1], dy, added, DTYPES[dx])
+    exact, magnitude = exact + added.double(), magnitude + added.double().abs()
+    testing.assert_componentwise(actual, exact, magnitude, case.kh * case.kw + 1, "dx with the residual")
+    testing.assert_unbiased(actual, exact, what="dx with the residual")
 
 
 def prove_rounding(case: KernelCase, mean: float, device: str = "cpu", seed: int = 0) -> None:

@@ -38,11 +38,13 @@ class Choice:
         """Does it take two rows at a time (and a table of taps to match)?"""
         return self.kernel.endswith("_pairs_kernel")
 
-    def constants(self, c: int, kh: int, kw: int) -> dict[str, object]:
-        """The constexpr arguments of the kernel."""
+    def constants(self, c: int, kh: int, kw: int, residual: bool = False) -> dict[str, object]:
+        """The constexpr arguments of the kernel; ``residual``: does it add one to what it stores?"""
         constants = {"C": c, "KH": kh, "KW": kw, "BLOCK_W": self.block_w, "BLOCK_C": BLOCK_C}
         if not self.pairs:
             constants["EDGE"] = self.edge
+        if self.kernel.startswith(_FORWARD):
+            constants["HAS_RESIDUAL"] = residual
         if self.prefetch is not None:
             constants["PREFETCH"] = self.prefetch
         return constants

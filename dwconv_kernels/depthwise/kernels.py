@@ -16,7 +16,16 @@ from .kernels_weight import (  # noqa: F401 (launch.py finds all kernels in this
     _depthwise_bwd_weight_pairs_kernel,
     _depthwise_sum_kernel,
 )
-from .strips import POINTERS, SIZES, columns_inside, load_columns, store_row, strip_start
+from .strips import (
+    POINTERS,
+    SIZES,
+    columns_inside,
+    load_columns,
+    load_residual,
+    store_row,
+    store_row_where,
+    strip_start,
+)
 
 
 @triton.jit
@@ -29,11 +38,11 @@ def load_rows(table, first: tl.constexpr, count: tl.constexpr, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def _depthwise_fwd_kernel(
-    x_ptr, taps_ptr, y_ptr, H, W, OH, OW, padding_h, padding_w, rows, strips,
+    x_ptr, taps_ptr, residual_ptr, y_ptr, H, W, OH, OW, padding_h, padding_w, rows, strips,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y (N, OH, OW, C) of x (N, H, W, C) and taps (KH·KW + 1, C), any padding ≤ K − 1.
+    """y (N, OH, OW, C) of x (N, H, W, C) and taps (KH·KW + 1, C), any padding ≤ K − 1; HAS_RESIDUAL: plus one like y.
 
     One program per (image, ``rows`` rows of y, strip, BLOCK_C channels), the last varying fastest.
     """
@@ -78,10 +87,14 @@ def _depthwise_fwd_kernel(
     right = x_row + tl.where(start + BLOCK_W + KW // 2 <= W, BLOCK_W * C, 0)
     # Row `row` of x completes row `row + PH − (KH − 1)` of y.
     y_row = y_ptr + ((n * OH + (begin + PH - (KH - 1))) * row_of_y + start.to(tl.int64) * C + offs_c)
+    # The same row of the residual, but never one above this program's: loads in the loop need no mask for rows.
+    residual_row = residual_ptr + ((n * OH + first_row) * row_of_y + start.to(tl.int64) * C + offs_c)
 
     acc = repeated(bias, (KH - 1) * BLOCK_W)
     for row in range(begin, end):
         xs = load_columns(x_row, left, right, KEEP, keeps[0], keeps[COLUMNS - 1], keeps, C, KW, BLOCK_W, EDGE)
+        complete = row + PH - (KH - 1) >= first_row
+        residual = load_residual(residual_row, owned, start, OW, C, BLOCK_W, EDGE, HAS_RESIDUAL)
         sums = ()
         for a in tl.static_range(KH):
             for t in tl.static_range(BLOCK_W):
@@ -90,25 +103,28 @@ def _depthwise_fwd_kernel(
                     if t + j >= FIRST and t + j < FIRST + READ:
                         s = fma(xs[t + j - FIRST], taps[(KH - 1 - a) * KW + j], s)
                 sums = sums + (s,)
-        if row + PH - (KH - 1) >= first_row:
-            store_row(y_row, sums, 0, owned, start, OW, C, BLOCK_W, EDGE)
+        store_row_where(complete, y_row, sums, 0, residual, owned, start, OW, C, BLOCK_W, EDGE)
         acc = take(sums, BLOCK_W, (KH - 1) * BLOCK_W)
         x_row += x_step
         y_row += y_step
+        residual_row += tl.where(complete, y_step, 0)
         if EDGE == "strips":
             left += x_step
             right += x_step
     # Rows of y that reach below the map.
+    residual_row -= tl.maximum(first_row - (end + PH - (KH - 1)), 0) * row_of_y
     for a in tl.static_range(KH - 1 if EDGE == "masked" else KH // 2):
         out = end + PH - (KH - 1) + a
         inside = (out >= first_row) & (out < end_row) & (channels < C)
-        store_row(y_row + a * row_of_y, acc, a * BLOCK_W, inside, start, OW, C, BLOCK_W, EDGE)
+        residual = load_residual(residual_row + a * row_of_y, inside, start, OW, C, BLOCK_W, EDGE, HAS_RESIDUAL)
+        store_row(y_row + a * row_of_y, acc, a * BLOCK_W, residual, inside, start, OW, C, BLOCK_W, EDGE)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def _depthwise_fwd_pairs_kernel(
-    x_ptr, taps_ptr, y_ptr, H, W, rows, strips,
+    x_ptr, taps_ptr, residual_ptr, y_ptr, H, W, rows, strips,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """The same for "same" padding and half types, two rows at a time: 11 instead of 14 products of rows for KH = 7.
 
@@ -118,7 +134,7 @@ def _depthwise_fwd_pairs_kernel(
         y[2q−P] = p0[q] + p1[q]         y[2q−P+1] = p2[q] − p0[q] − p1[q+1]
 
     (the one-dimensional fast FIR algorithm of 2 × KH, over rows). ``taps_ptr`` holds E, O, E[m] + O[m−1] for 0 ≤ m ≤ P,
-    and the bias. ``rows`` is even. Strips as in "strips"; W == BLOCK_W is allowed.
+    and the bias. ``rows`` is even, P odd. Strips as in "strips"; W == BLOCK_W is allowed.
     """
     P: tl.constexpr = KH // 2
     PW: tl.constexpr = KW // 2
@@ -155,6 +171,9 @@ def _depthwise_fwd_pairs_kernel(
     left = x_row + tl.where(start >= PW, -PW * C, 0)
     right = x_row + tl.where(start + BLOCK_W + PW <= W, BLOCK_W * C, 0)
     y_row = y_ptr + (offset + (begin - P) * row_of_x)
+    # Of the residual, the second row of the pair, but never one above this program's: loads need no mask. As P is odd,
+    # a program's first row is the second one of a pair; the one below its last is in the map, if the loop gets there.
+    residual_row = residual_ptr + (offset + first_row * row_of_x)
     # Lanes 0…15 fetch the columns of the next pair's first row, lanes 16…31 those of its second.
     lane = tl.arange(0, BLOCK_C)
     column = tl.minimum(tl.maximum(start + lane % 16 - PW, 0), W - 1)
@@ -174,14 +193,17 @@ def _depthwise_fwd_pairs_kernel(
         keep_l = tl.where(there, keep_left, 0).to(tl.uint32)
         keep_r = tl.where(there, keep_right, 0).to(tl.uint32)
         xo = load_columns(x_row + step, left + step, right + step, keep, keep_l, keep_r, (), C, KW, BLOCK_W, "strips")
+        first_there = row - P >= first_row
+        second_there = (row - P + 1 >= first_row) & (row - P + 1 < end_row)
+        above = tl.where(first_there, -x_step, 0)
+        r0 = load_residual(residual_row + above, None, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
+        r1 = load_residual(residual_row, None, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
         s0 = _add_row(p0, xe, even, zero, P + 1, KW, BLOCK_W)
         s1 = take(p1, 0, BLOCK_W) + _add_row(take(p1, BLOCK_W, (P - 1) * BLOCK_W), xo, odd, bias, P, KW, BLOCK_W)
         s2 = _add_row(p2, plus(xe, 0, xo, 0, COLUMNS), both, bias + bias, P + 1, KW, BLOCK_W)
         y0, y1 = _pair_of_rows(s0, s1, s2, 0, BLOCK_W)
-        if row - P >= first_row:
-            store_row(y_row, y0, 0, owned, start, W, C, BLOCK_W, "strips")
-        if (row - P + 1 >= first_row) & (row - P + 1 < end_row):
-            store_row(y_row + x_step, y1, 0, owned, start, W, C, BLOCK_W, "strips")
+        store_row_where(first_there, y_row, y0, 0, r0, owned, start, W, C, BLOCK_W, "strips")
+        store_row_where(second_there, y_row + x_step, y1, 0, r1, owned, start, W, C, BLOCK_W, "strips")
         p0 = take(s0, BLOCK_W, P * BLOCK_W)
         p1 = take(s1, BLOCK_W, P * BLOCK_W)
         p2 = take(s2, BLOCK_W, P * BLOCK_W)
@@ -189,15 +211,19 @@ def _depthwise_fwd_pairs_kernel(
         left += 2 * x_step
         right += 2 * x_step
         y_row += 2 * x_step
+        residual_row += tl.where(row - P + 1 >= first_row, 2 * x_step, 0)
     # Rows of y that reach below the map.
     out = begin + (end - begin + 1) // 2 * 2 - P
     p1 = p1 + repeated(bias, BLOCK_W)
+    residual_row += (out - tl.maximum(out + 1, first_row)) * row_of_x
     for a in tl.static_range((P + 1) // 2):
         y0, y1 = _pair_of_rows(p0, p1, p2, a * BLOCK_W, BLOCK_W)
         inside = (out + 2 * a >= first_row) & (out + 2 * a < end_row) & (channels < C)
-        store_row(y_row + 2 * a * row_of_x, y0, 0, inside, start, W, C, BLOCK_W, "strips")
+        r0 = load_residual(residual_row + 2 * a * row_of_x, inside, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
+        store_row(y_row + 2 * a * row_of_x, y0, 0, r0, inside, start, W, C, BLOCK_W, "strips")
         inside = (out + 2 * a + 1 >= first_row) & (out + 2 * a + 1 < end_row) & (channels < C)
-        store_row(y_row + (2 * a + 1) * row_of_x, y1, 0, inside, start, W, C, BLOCK_W, "strips")
+        r1 = load_residual(residual_row + (2 * a + 1) * row_of_x, inside, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
+        store_row(y_row + (2 * a + 1) * row_of_x, y1, 0, r1, inside, start, W, C, BLOCK_W, "strips")
 
 
 @triton.jit

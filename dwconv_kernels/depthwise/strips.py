@@ -23,7 +23,10 @@ SIZES = [
     "N", "H", "W", "OH", "OW", "padding_h", "padding_w", "rows", "strips", "images", "count", "has_bias", "flip",
     "pairs", "wants_dw", "wants_db", "channels", "stride_wc", "stride_wh", "stride_ww", "stride_b",
 ]  # fmt: skip
-POINTERS = ["x_ptr", "dy_ptr", "y_ptr", "taps_ptr", "partials_ptr", "weight_ptr", "bias_ptr", "dw_ptr", "db_ptr"]
+POINTERS = [
+    "x_ptr", "dy_ptr", "residual_ptr", "y_ptr", "taps_ptr", "partials_ptr", "weight_ptr", "bias_ptr", "dw_ptr",
+    "db_ptr",
+]  # fmt: skip
 
 
 @triton.jit
@@ -112,15 +115,55 @@ def load_gradients_at(image, row, H, row_of_x, owns, C: tl.constexpr, BLOCK_W: t
 
 
 @triton.jit
+def load_residual(
+    row, mask, start, OW,
+    C: tl.constexpr, BLOCK_W: tl.constexpr, EDGE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """What is to be added to a row of y: BLOCK_W values in their own dtype; () where there is no residual.
+
+    Undefined where masked, and right of the map. Loops load it together with x, as at the store they would wait for it.
+    """
+    values = ()
+    if HAS_RESIDUAL:
+        for t in tl.static_range(BLOCK_W):
+            if EDGE == "masked":
+                values = values + (tl.load(row + t * C, mask=mask & (start + t < OW)),)
+            elif mask is None:
+                values = values + (tl.load(row + t * C),)
+            else:
+                values = values + (tl.load(row + t * C, mask=mask),)
+    return values
+
+
+@triton.jit
 def store_row(
-    row, values, first: tl.constexpr, mask, start, OW, C: tl.constexpr, BLOCK_W: tl.constexpr, EDGE: tl.constexpr
-):
-    """BLOCK_W values, from number ``first`` on, to where ``row`` points, in its dtype."""
+    row, values, first: tl.constexpr, residual, mask, start, OW,
+    C: tl.constexpr, BLOCK_W: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_W values, from number ``first`` on, to where ``row`` points, in its dtype; plus ``residual``, unless ()."""
     for t in tl.static_range(BLOCK_W):
-        value = values[first + t].to(row.dtype.element_ty)
+        value = values[first + t]
+        if len(residual) > 0:
+            value += residual[t].to(tl.float32)
+        value = value.to(row.dtype.element_ty)
         if EDGE == "masked":
             tl.store(row + t * C, value, mask=mask & (start + t < OW))
         elif mask is None:
             tl.store(row + t * C, value)
         else:
             tl.store(row + t * C, value, mask=mask)
+
+
+@triton.jit
+def store_row_where(
+    there, row, values, first: tl.constexpr, residual, owned, start, OW,
+    C: tl.constexpr, BLOCK_W: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The same, if ``there``, a condition for the whole row; ``owned`` is the mask of lanes."""
+    if len(residual) > 0:
+        # Into a branch ptxas would move the loads of the residual, next to the stores, which then wait for memory.
+        mask = there if owned is None else owned & there
+        store_row(row, values, first, residual, mask, start, OW, C, BLOCK_W, EDGE)
+    else:
+        if there:
+            store_row(row, values, first, residual, owned, start, OW, C, BLOCK_W, EDGE)

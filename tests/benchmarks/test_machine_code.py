@@ -28,6 +28,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import cubin, machine_code
+from benchmarks.compiling import run
 from benchmarks.launches import captured
 from benchmarks.machine_code import Build, Family, Options, Programs
 from dwconv_kernels.depthwise import launch
@@ -63,10 +64,14 @@ def test_seven_by_seven_in_bf16(arch):
     rows = reports("bf16", 7, 7, 96, arch)
     small = {"_depthwise_taps_kernel", "_depthwise_sum_kernel"}
     assert_within_limits(rows, {*FORWARD, "_depthwise_bwd_weight_kernel", WEIGHT, *small})
-    picked = [(row["kernel"] in FORWARD, row["H"]) for row in rows if not row["strict"] and row["edge"] != "masked"]
-    assert sorted(which for which in picked if which[1]) == sorted(
-        (forward, h) for forward in (True, False) for h, _ in machine_code.MAPS
-    )
+    picked = [
+        (row["kernel"] in FORWARD and f"forward, residual {row['residual']}", row["H"])
+        for row in rows
+        if not row["strict"] and row["edge"] != "masked" and row["H"]
+    ]
+    ways = [False, *(f"forward, residual {dtype}" for dtype in (None, "bf16", "fp32"))]
+    assert sorted(picked, key=str) == sorted(((way, h) for way in ways for h, _ in machine_code.MAPS), key=str)
+    assert not any(row["spill"] for row in rows if row["residual"])  # beside sums and taps, it still fits in registers
 
 
 SAMPLES = {
@@ -96,7 +101,7 @@ def test_samples_of_the_rest(sample):
 @pytest.mark.parametrize("arch", machine_code.ALL_ARCHS)
 def test_everything(arch, dtype):
     jobs = machine_code.jobs([arch], [dtype], machine_code.ALL_KERNEL_SIZES, machine_code.ALL_CHANNELS)
-    found = list(machine_code.run(jobs, SLOW, processes=2))
+    found = list(run(jobs, SLOW, 2, machine_code.report, machine_code.failed))
     assert len(found) == len(jobs)
     assert_within_limits([row for rows in found for row in rows], {build.kernel for build, _ in jobs})
 
@@ -134,6 +139,8 @@ def test_launches_compile_exactly_these_builds(launches, dtype, kernel_size, c):
                 with mode():
                     y = launch.depthwise_forward(x, weight, bias, (1, 1), padding, (1, 1))
                     launch.depthwise_backward(y, x, weight, bias, (1, 1), padding, (1, 1), (True, True, True))
+                    for residual in (x, x.float()):
+                        launch.depthwise_input_gradient(y, weight, padding, torch.empty_like(residual), residual)
     expected = [as_compiled_here(build) for build in machine_code.depthwise_builds(dtype, kh, kw, c)]
     assert launches
     assert [one for one in launches if one not in expected] == []
@@ -281,7 +288,7 @@ class Deadly:
 def test_a_compiler_that_crashes_is_reported_and_the_rest_compiled():
     good = next(b for b in machine_code.depthwise_builds("fp32", 1, 3, 32) if b.kernel == "_depthwise_taps_kernel")
     deadly = replace(good, constants=(("KH", Deadly()),))
-    (bad,), (row,) = machine_code.run([(deadly, 90), (good, 90)], SLOW, processes=2)
+    (bad,), (row,) = run([(deadly, 90), (good, 90)], SLOW, 2, machine_code.report, machine_code.failed)
     assert (bad["broken"], bad["kernel"]) == (["compiles"], good.kernel)
     assert row["broken"] == []
     assert row["registers"] > 0
@@ -358,7 +365,7 @@ def test_resources():
 )
 def test_programs_of_a_map(kernel_index, c, size, options, programs):
     builds = machine_code.depthwise_builds("bf16", 7, 7, c)
-    pairs = [build for build in builds if build.choice is not None and build.choice.pairs]
+    pairs = [build for build in builds if build.choice is not None and build.choice.pairs and build.residual is None]
     assert machine_code.depthwise_programs(pairs[kernel_index], *size, options) == programs
 
 
@@ -366,7 +373,7 @@ def test_slots_have_a_limit_on_each_map():
     row = {
         "arch": 90, "dtype": "bf16", "K": "7", "C": 96, "strict": False, "kernel": "_depthwise_fwd_kernel",
         "H": 56, "W": 56, "registers": 255, "warps": 1, "shared": 0, "atomics": [], "spill_in_loops": 0,
-        "compile_seconds": 9.0, "loops_as_expected": True, "slots_per_output": 53.9,
+        "residual": None, "compile_seconds": 9.0, "loops_as_expected": True, "slots_per_output": 53.9,
     }  # fmt: skip
 
     def broken(**changes):
@@ -376,6 +383,8 @@ def test_slots_have_a_limit_on_each_map():
     assert broken(slots_per_output=54.1) == broken(slots_per_output=None) == ["54 slots per output at 56×56"]
     assert broken(slots_per_output=54.1, strict=True) == broken(slots_per_output=54.1, arch=80) == []
     assert broken(kernel="_depthwise_bwd_weight_kernel", slots_per_output=60.1) == ["60 slots per output at 56×56"]
+    assert broken(slots_per_output=58.9, residual="bf16") == []
+    assert broken(slots_per_output=59.1, residual="bf16") == ["59 slots per output at 56×56"]
     assert broken(compile_seconds=10.1) == ["10 s to compile 7×7"]
     assert broken(compile_seconds=10.1, K="9") == []
     assert broken(compile_seconds=30.1, K="9") == ["30 s to compile"]

@@ -67,6 +67,20 @@ def test_values(proof, proof_of):
     proof_of(proof)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dx_dtype", ["fp32", "same"])
+def test_input_gradient_with_a_residual(dtype, dx_dtype):
+    """T0 and T1, for each kernel: whole maps, strips that overlap, rows in pairs, masks; a copied residual."""
+    dx_dtype = dtype if dx_dtype == "same" else dx_dtype
+    sizes = [(4, 40, 14, 14), (4, 40, 7, 7), (2, 40, 33, 57), (2, 64, 56, 56)] if ON_GPU else [(1, 5, 3, 10)]
+    cases = [KernelCase(dtype, *size, 7, 7, 3, 3, strict=strict) for size in sizes for strict in (False, True)]
+    cases += [case._replace(kh=3, kw=5, ph=2, pw=1) for case in cases[:1]]
+    for case in cases:
+        for layout in ("channels_last_offset", "contiguous"):
+            proofs.prove_residual(case, dx_dtype, dx_dtype, layout, DEVICE)
+    proofs.prove_residual_rounding(cases[-3], dx_dtype, dx_dtype, DEVICE)
+
+
 @pytest.mark.parametrize("shape", [(8, 40, 56, 56), (3, 40, 29, 5)] if ON_GPU else [(1, 5, 4, 10)], ids=str)
 def test_adjoint_identity_in_integers(shape):
     """⟨y(x, w), g⟩ = ⟨x, dx(g)⟩ = ⟨w, dw(g)⟩, exactly: what links the three passes to each other."""

@@ -7,7 +7,10 @@ from dwconv_kernels import runtime
 from tests.interpreter_accesses import SLOT_BITS
 from tests.interpreter_guard import Guard
 
-POINTERS = ("x_ptr", "dy_ptr", "y_ptr", "taps_ptr", "partials_ptr", "weight_ptr", "bias_ptr", "dw_ptr", "db_ptr")
+POINTERS = (
+    "x_ptr", "dy_ptr", "residual_ptr", "y_ptr", "taps_ptr", "partials_ptr", "weight_ptr", "bias_ptr", "dw_ptr",
+    "db_ptr",
+)  # fmt: skip
 LIMIT = 2**30 - 1  # elements of a row
 
 
@@ -97,14 +100,16 @@ def test_rows_are_as_long_as_they_may_be():
     (IN_MASKS, "_depthwise_fwd_kernel"), (IN_STRIPS, "_depthwise_fwd_kernel"),
     (IN_PAIRS, "_depthwise_fwd_pairs_kernel"),
 ], ids=["masked", "strips", "pairs"])  # fmt: skip
-def test_forward(cut, kernel):
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_forward(cut, kernel, residual):
     chunks = -(-cut.out[0] // cut.rows)
     program = 3 * chunks * cut.strips * cut.blocks - 1  # the last one of three images
     pairs = "pairs" in kernel
-    arguments = {**cut.sizes, **cut.constants} | ({} if pairs else {**cut.outs, **cut.edge})
+    arguments = {**cut.sizes, **cut.constants, "HAS_RESIDUAL": residual} | ({} if pairs else {**cut.outs, **cut.edge})
     found = touched(kernel, program, **arguments)
     rows = range((chunks - 1) * cut.rows, cut.out[0])
     assert found["y_ptr"] == elements(2, rows, cut.columns, cut.channels, cut.out)
+    assert found.get("residual_ptr") == (found["y_ptr"] if residual else None)
     rows, columns = cut.under(rows)
     if pairs:  # they begin with an even one
         rows = range(rows.start - rows.start % 2, rows.stop)

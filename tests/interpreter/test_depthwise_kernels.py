@@ -1,5 +1,6 @@
 """The three passes of the depthwise kernels in Triton's interpreter, under the guard: right, the same every time."""
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 import dwconv_kernels as dk
 from dwconv_kernels import testing
 from tests import depthwise_proofs as proofs
-from tests.cases import DTYPES, MEANS, KernelCase, kernel_cases
+from tests.cases import DTYPES, LAYOUTS, MEANS, KernelCase, cover, kernel_cases
 from tests.interpreter_guard import ORDERS, Guard
 
 pytestmark = pytest.mark.usefixtures("guard")
@@ -59,6 +60,46 @@ def test_exact_on_integers(case):
     assert launched[4:] == [dw, ("_depthwise_sum_kernel", launched[-1][1])]
 
 
+def cases_of_dx():
+    """Of those, the few in which each kernel for dx meets each dtype and each way to be cut."""
+
+    def met(case):
+        part = list(case.parts())[1]
+        ways = {
+            "dtype": case.dtype, "strips": min(2, part.strips), "chunks": min(3, part.chunks), "h is odd": case.h % 2,
+            "whole blocks": case.c % 32 == 0, "n > 1": case.n > 1, "channels_last": case.x.startswith("channels_last"),
+        }  # fmt: skip
+        return {(part.choice, case.strict, *way) for way in ways.items()}
+
+    return cover([(case, case.seconds() / 3, met(case)) for case in kernel_cases()], overhead=0.3)
+
+
+# The block's own dtypes: those of dy, and fp32, as under autocast. The residual's layouts take turns.
+@pytest.mark.parametrize("case, dtype, layout", [
+    (case, dtype, LAYOUTS[(2 * i + j) % len(LAYOUTS)])
+    for i, case in enumerate(cases_of_dx()) for j, dtype in enumerate(dict.fromkeys((case.dtype, "fp32")))
+], ids=str)  # fmt: skip
+def test_input_gradient_with_a_residual_is_exact_on_integers(case, dtype, layout):
+    with Guard(case.order) as guard:
+        proofs.prove_residual(case, dtype, dtype, layout)
+    part = list(case.parts())[1]
+    launched = [(launch.kernel, launch.grid[0]) for launch in guard.launches]
+    assert launched[1:] == [(part.choice.kernel, part.programs)]
+
+
+@pytest.mark.parametrize("residual, dx", [*itertools.product(DTYPES, DTYPES)])
+def test_dtypes_of_residual_and_dx_are_their_own(residual, dx):
+    for i, case in enumerate(EACH_WAY):
+        layout = ("contiguous", "channels_last")[i % 2]
+        proofs.prove_residual(case._replace(x=layout), residual, dx, layout)
+
+
+def test_a_residual_must_not_be_dx():
+    dx = torch.zeros(STRIPS.n, STRIPS.c, STRIPS.h, STRIPS.w)
+    with pytest.raises(ValueError, match="residual is dx; a map in memory of its own is allowed"):
+        proofs.runtime.launchers("depthwise").depthwise_input_gradient(dx, normal((33, 1, 3, 3)), (1, 1), dx, dx)
+
+
 # T1, T2, T3: rounding
 
 
@@ -83,6 +124,12 @@ def test_rounding(case, mean):
 @pytest.mark.parametrize("dtype", HALF)
 def test_rounding_of_strict_kernels(dtype):
     proofs.prove_rounding(ROUNDED[1]._replace(dtype=dtype, strict=True), 1.0)
+
+
+@pytest.mark.parametrize("residual, dx", [("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "fp16")])
+def test_rounding_with_a_residual(residual, dx):
+    for case in EACH_WAY:
+        proofs.prove_residual_rounding(case, residual, dx)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["pairs", "strict"])

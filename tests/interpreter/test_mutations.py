@@ -23,6 +23,14 @@ def rounding(*case, **more):
     return lambda: proofs.prove_rounding(KernelCase(*case, **more), 1.0)
 
 
+def residual(dtype, dx, *case, **more):
+    def prove():
+        proofs.prove_residual(KernelCase(*case, **more), dtype, dx)
+        proofs.prove_residual(KernelCase(*case, **more), dx, dx, "contiguous")
+
+    return prove
+
+
 def in_autocast(kernel, dtype="bfloat16"):
     def prove():
         with Guard() as guard:
@@ -49,10 +57,16 @@ PROOFS = {
     "two blocks of channels": exact("fp32", 1, 33, 2, 3, 1, 3, 0, 1),
     "rounding to bf16": rounding("bf16", 1, 32, 4, 8, 3, 3, 1, 1),
     "rounding in fp32": rounding("fp32", 1, 32, 4, 8, 3, 3, 1, 1),
+    "residual, masked": residual("fp32", "fp32", "fp32", 2, 3, 5, 6, 3, 3, 0, 1, cut="4 rows, 2 images"),
+    "residual, strips": residual("fp32", "fp32", "bf16", 1, 3, 5, 9, 3, 3, 1, 1, cut="2 rows"),
+    "residual, pairs": residual("fp32", "fp32", "bf16", 2, 3, 7, 10, 7, 7, 3, 3, cut="4 rows, 2 images"),
+    "residual, rounding": lambda: proofs.prove_residual_rounding(
+        KernelCase("bf16", 1, 32, 4, 8, 3, 3, 1, 1), "fp32", "bf16"
+    ),
     "autocast": in_autocast((3, 3)),
-    "addresses, masked": lambda: addresses.test_forward(addresses.IN_MASKS, "_depthwise_fwd_kernel"),
-    "addresses, strips": lambda: addresses.test_forward(addresses.IN_STRIPS, "_depthwise_fwd_kernel"),
-    "addresses, pairs": lambda: addresses.test_forward(addresses.IN_PAIRS, "_depthwise_fwd_pairs_kernel"),
+    "addresses, masked": lambda: addresses.test_forward(addresses.IN_MASKS, "_depthwise_fwd_kernel", True),
+    "addresses, strips": lambda: addresses.test_forward(addresses.IN_STRIPS, "_depthwise_fwd_kernel", True),
+    "addresses, pairs": lambda: addresses.test_forward(addresses.IN_PAIRS, "_depthwise_fwd_pairs_kernel", True),
     "addresses, weight": lambda: addresses.test_weight_gradient(addresses.IN_MASKS, "_depthwise_bwd_weight_kernel"),
     "addresses, weight in pairs": lambda: addresses.test_weight_gradient(
         addresses.IN_PAIRS, "_depthwise_bwd_weight_pairs_kernel"
@@ -74,7 +88,8 @@ MISTAKES = [
     Mistake("edges in pairs for the weight not multiplied by 0", WEIGHT,
             "keep_right = tl.where(start + BLOCK_W + PW <= W, KEEP, 0)",
             "keep_right = tl.where(start >= 0, KEEP, 0)", "pairs, odd"),
-    Mistake("stores right of the map", STRIPS, "mask=mask & (start + t < OW)", "mask=mask", "masked"),
+    Mistake("stores right of the map", STRIPS, "value, mask=mask & (start + t < OW))", "value, mask=mask)",
+            "masked"),
     Mistake("lanes beyond C store", KERNELS, "owned = None if C % BLOCK_C == 0 and EDGE", "owned = None if EDGE",
             "two blocks in strips"),
     Mistake("lanes beyond C load", WEIGHT, "offs_c = channels if C % BLOCK_C == 0 else tl.minimum(channels, C - 1)",
@@ -84,12 +99,12 @@ MISTAKES = [
     Mistake("second row below the map counts for the weight", WEIGHT,
             "keep = tl.where(there, KEEP, 0).to(tl.uint32)", "keep = tl.where(there, KEEP, KEEP).to(tl.uint32)",
             "pairs, odd"),
-    Mistake("incomplete rows above a chunk of pairs stored", KERNELS, "if (row - P + 1 >= first_row) &",
-            "if (row - P + 3 >= first_row) &", "pairs"),
+    Mistake("incomplete rows above a chunk of pairs stored", KERNELS,
+            "second_there = (row - P + 1 >= first_row) &", "second_there = (row - P + 3 >= first_row) &", "pairs"),
     Mistake("dy below the map counts", WEIGHT, "load_gradients(dy_row, out < OH, owns",
             "load_gradients(dy_row, out >= 0, owns", "masked, cut"),
     # Strides and offsets
-    Mistake("H and W swapped", LAUNCH, "x, taps, y, h, w, oh, ow, padding[0]", "x, taps, y, w, h, ow, oh, padding[0]",
+    Mistake("H and W swapped", LAUNCH, "added, y, h, w, oh, ow, padding[0]", "added, y, w, h, ow, oh, padding[0]",
             "masked"),
     Mistake("paddings swapped", LAUNCH, "padding[0], padding[1], rows, strips, **",
             "padding[1], padding[0], rows, strips, **", "masked"),
@@ -101,7 +116,9 @@ MISTAKES = [
     Mistake("layout of x taken to be right", LAUNCH, "    x = x.contiguous(memory_format=torch.channels_last)\n", "",
             "contiguous", everywhere=True),
     Mistake("layout of dy taken to be right", LAUNCH, "dy = dy.contiguous(memory_format=torch.channels_last)", "pass",
-            "gradient only"),
+            "gradient only", everywhere=True),
+    Mistake("layout of the residual taken to be right", LAUNCH,
+            "residual = residual.contiguous(memory_format=torch.channels_last)", "pass", "residual, strips"),
     Mistake("result not copied to its layout", LAUNCH, "out.copy_(y)", "pass", "contiguous"),
     *(Mistake(f"int32 offsets: {proof}", file, ".to(tl.int64)", "", proof, everywhere=True) for file, proof in (
         (KERNELS, "addresses, masked"), (KERNELS, "addresses, strips"), (KERNELS, "addresses, pairs"),
@@ -116,7 +133,7 @@ MISTAKES = [
             "s = fma(xs[t + j], taps[(KH - 1 - a) * KW + j], s) if j + t > 0 else s", "pairs, odd"),
     Mistake("a column forgotten in the weight's gradient", WEIGHT,
             "                s = fma(window", "                s = s if t == 6 else fma(window", "strips"),
-    Mistake("taps not turned around for dx", LAUNCH, "dx, flip=True)", "dx, flip=False)", "masked"),
+    Mistake("taps not turned around for dx", LAUNCH, "dx, flip=True,", "dx, flip=False,", "masked"),
     Mistake("padding not turned around for dx", LAUNCH, "tuple(k - 1 - p for", "tuple(p for", "masked"),
     Mistake("taps not rounded to x's dtype", KERNELS, "other=0.0).to(DTYPE).to(tl.float32)",
             "other=0.0).to(tl.float32)", "autocast"),
@@ -153,13 +170,30 @@ MISTAKES = [
             "(first + parts < count - 1)[:, None]", "strips"),
     Mistake("parts on top of each other", WEIGHT, "part.to(tl.int64) * ((KH * KW + 1) * C)",
             "part.to(tl.int64) // 2 * ((KH * KW + 1) * C)", "strips"),
+    # The residual
+    Mistake("residual dropped in the last rows", KERNELS, "acc, a * BLOCK_W, residual, inside",
+            "acc, a * BLOCK_W, (), inside", "residual, masked"),
+    Mistake("residual dropped in the last row of pairs", KERNELS, "y1, 0, r1, inside", "y1, 0, (), inside",
+            "residual, pairs"),
+    Mistake("residual of a row above", KERNELS, "residual_row += tl.where(complete, y_step, 0)",
+            "residual_row += y_step", "residual, strips"),
+    Mistake("residual of the last rows of a chunk that is not high", KERNELS,
+            "tl.maximum(first_row - (end + PH - (KH - 1)), 0) * row_of_y", "0", "residual, masked"),
+    Mistake("residual of the first row twice in pairs", KERNELS, "tl.where(first_there, -x_step, 0)", "0",
+            "residual, pairs"),
+    Mistake("residual of rows above a program's in pairs", KERNELS,
+            "tl.where(row - P + 1 >= first_row, 2 * x_step, 0)", "2 * x_step", "residual, pairs"),
+    Mistake("residual in the place of dx", LAUNCH, "added = y if residual is None else residual", "added = y",
+            "residual, strips"),
+    Mistake("dx rounded before the residual is added", STRIPS, "value += residual[t].to(tl.float32)",
+            "value = value.to(row.dtype.element_ty).to(tl.float32) + residual[t].to(tl.float32)", "residual, rounding"),
     # Rounding
     Mistake("sums in bf16", "primitives.py", "return a * b + c", "return (a * b + c).to(tl.bfloat16).to(tl.float32)",
             "rounding to bf16"),
     Mistake("products in fp16", "primitives.py", "return a * b + c", "return (a * b).to(tl.float16).to(tl.float32) + c",
             "rounding in fp32"),
-    Mistake("stores that truncate", STRIPS, "values[first + t].to(row.dtype.element_ty)",
-            'values[first + t].to(row.dtype.element_ty, fp_downcast_rounding="rtz")', "rounding to bf16"),
+    Mistake("stores that truncate", STRIPS, "value.to(row.dtype.element_ty)",
+            'value.to(row.dtype.element_ty, fp_downcast_rounding="rtz")', "rounding to bf16"),
     Mistake("second stage that truncates", WEIGHT, "total.to(dw_ptr.dtype.element_ty)",
             'total.to(dw_ptr.dtype.element_ty, fp_downcast_rounding="rtz")', "rounding to bf16"),
 ]  # fmt: skip
