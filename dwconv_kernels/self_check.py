@@ -8,7 +8,9 @@ Every kernel is compiled as it is for users, run forward and backward, and held 
 
 - exact: operands are whole numbers, so each element has to be the right one;
 - rounding: random operands, each element within the rounding bound of its sum (see :mod:`dwconv_kernels.testing`, and
-  for layer norm + linear :func:`dwconv_kernels.self_check_norm_linear_bounds.bounds`);
+  for layer norm + linear :func:`dwconv_kernels.self_check_norm_linear_bounds.bounds`); blocks: no further from the
+  exact value than PyTorch's own operators;
+- dropped images: of those, a block returns its input, and nothing of them is in a gradient;
 - same bits: the same call gives the same result every time (in the interpreter, of the first cases only);
 - Inf and NaN: they reach the outputs that the formula says and no others.
 
@@ -38,11 +40,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import runtime, self_check_depthwise, self_check_norm_linear
+from . import runtime, self_check_block, self_check_depthwise, self_check_norm_linear
 from ._version import __version__
 
 MAX_JOBS = 4  # processes, each of which takes half a gigabyte of the GPU's memory
-FAMILIES = {"depthwise": self_check_depthwise, "norm_linear": self_check_norm_linear}
+FAMILIES = {"depthwise": self_check_depthwise, "norm_linear": self_check_norm_linear, "block": self_check_block}
 CASES = tuple(itertools.chain.from_iterable(family.CASES for family in FAMILIES.values()))
 QUICK = 2  # so many of the cases of each family are checked where there is no time for all
 

@@ -8,6 +8,7 @@ of a case, and ``reasons(case, shape, device)``, which says why they were taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,25 @@ from .dtypes import NAMES
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 REPEATS = 100  # of a call whose bits have to stay the same; in the interpreter, 2
 Results = dict[str, Tensor]
+Launches = list[tuple[str, dict[str, object]]]  # kernels and their constants
+
+
+class _Kernel(NamedTuple):
+    name: str
+    launches: Launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.launches.append((self.name, constants))
+
+
+class Recorder:
+    """Takes the place of a module of kernels, and notes what is launched."""
+
+    def __init__(self):
+        self.launches: Launches = []
+
+    def __getattr__(self, name: str) -> _Kernel:
+        return _Kernel(name, self.launches)
 
 
 def normal(seed: int) -> Callable[[Sequence[int]], Tensor]:

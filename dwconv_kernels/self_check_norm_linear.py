@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import runtime, testing
 from .norm_linear.op import layer_norm_linear
-from .self_check_common import DTYPES, Results, assert_same_bits, normal
+from .self_check_common import DTYPES, Launches, Recorder, Results, assert_same_bits, normal
 from .self_check_norm_linear_bounds import Operands, bounds, by_formula, terms, underflow
 
 EPS = 1e-6
@@ -73,30 +73,9 @@ CASES = (
 # What the launchers launch, without launching it
 
 
-Launches = list[tuple[str, dict[str, object]]]  # kernels and their constants
-
-
-class _Kernel(NamedTuple):
-    name: str
-    launches: Launches
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **constants: self.launches.append((self.name, constants))
-
-
-class _Recorder:
-    """Takes the place of the kernels' module, and notes what is launched."""
-
-    def __init__(self):
-        self.launches: Launches = []
-
-    def __getattr__(self, name: str) -> _Kernel:
-        return _Kernel(name, self.launches)
-
-
 def launches(case: Case, shape: Shape, device: str | torch.device) -> Launches:
     """Everything that both passes launch."""
-    launch, recorder = runtime.launchers("norm_linear"), _Recorder()
+    launch, recorder = runtime.launchers("norm_linear"), Recorder()
     x, *parameters, dy = (None if t is None else t.to(device) for t in _operands(case, shape, torch.zeros))
     x = _with_gap(x, case.gap)
     activation = "gelu" if case.gelu else None

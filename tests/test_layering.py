@@ -39,7 +39,7 @@ BLOCK_STANDS_ON = {
 DWCONV_KERNELS = [
     "_version", "devices", "dtypes", "runtime", "primitives", "interpreter", "testing", "registration", "FAMILIES",
     "modules", "self_check_common", "self_check_depthwise", "self_check_norm_linear_bounds", "self_check_norm_linear",
-    "self_check", "__init__",
+    "self_check_block", "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
     "block", "model", "dialects", "atomic_files", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate",

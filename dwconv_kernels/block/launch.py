@@ -5,6 +5,7 @@ The tail reads and writes maps as rows: (N·H·W, C), channels side by side. Map
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,9 @@ def _why_not(x: Tensor, p: Parameters, computed: torch.dtype) -> str | None:
     )
 
 
+_TAKEN = registration.Memo()  # sizes and dtypes of blocks that were found to be fine
+
+
 class _Call(NamedTuple):
     """What forward and backward pass share: sizes, parameters, and the dtype that is computed in."""
 
@@ -70,21 +74,31 @@ class _Call(NamedTuple):
 
 
 def _call(x: Tensor, p: Parameters, row_scale: Tensor | None, dtype: torch.dtype) -> _Call:
-    reason = _why_not(x, p, dtype)
-    if reason is not None:  # for callers of the raw operators; the public function has asked why_not before
-        raise ValueError(f"the Triton kernels do not take this block: {reason}")
     n, c, h, w = x.shape
-    p = Parameters(*(None if tensor is None else tensor.contiguous() for tensor in p))
+    sizes = x.shape, p.dw_weight.shape, p.fc1_weight.shape, x.dtype, dtype
+    if sizes not in _TAKEN:  # for callers of the raw operators; the public function has asked why_not before
+        reason = _why_not(x, p, dtype)
+        if reason is not None:
+            raise ValueError(f"the Triton kernels do not take this block: {reason}")
+        _TAKEN.remember(sizes, True)
+    if not all([t is None or t.is_contiguous() for t in p]):
+        p = Parameters(*(None if t is None else t.contiguous() for t in p))
     row_scale = None if row_scale is None else row_scale.contiguous()
     return _Call(p, row_scale, n * h * w, c, p.fc1_weight.shape[0], h * w, runtime.arch(x), dtype)
 
 
 def _given(call: _Call, *names: str) -> dict[str, bool]:
-    """HAS_… of those parameters; the names of the norm's are the kernels'."""
-    return {
-        f"HAS_{name.upper()}": (call.row_scale if name == "row_scale" else getattr(call.p, name)) is not None
-        for name in names
-    }
+    """HAS_… of those parameters, not to be changed."""
+    return _having(names, tuple([_parameter(call, name) is not None for name in names]))
+
+
+def _parameter(call: _Call, name: str) -> Tensor | None:
+    return call.row_scale if name == "row_scale" else getattr(call.p, name)
+
+
+@lru_cache(maxsize=4096)
+def _having(names: tuple[str, ...], given: tuple[bool, ...]) -> dict[str, bool]:
+    return {f"HAS_{name.upper()}": there for name, there in zip(names, given, strict=True)}
 
 
 def _or(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -105,37 +119,46 @@ def _rows(x: Tensor) -> Tensor:
 
 def _convolved(x: Tensor, p: Parameters, dtype: torch.dtype) -> Tensor:
     """y (N, H, W, C) in ``dtype``."""
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    y = depthwise.depthwise_forward(x, p.dw_weight, p.dw_bias, (1, 1), same_padding(p.dw_weight), (1, 1))
-    return y.permute(0, 2, 3, 1).contiguous()
+    n, c, h, w = x.shape
+    y = torch.empty((n, h, w, c), dtype=dtype, device=x.device)
+    depthwise.convolve(x.to(dtype), p.dw_weight, p.dw_bias, same_padding(p.dw_weight), y.permute(0, 3, 1, 2), False)
+    return y
 
 
 def block_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out (N, C, H, W) in x's memory format, and what is saved: y, mean, rstd, u, of shape (0,) where it is not."""
+    *_, memory, dtype = arguments
+    out, saved = _forward(x, *arguments)
+    kept = memory != "lean"
+    y, mean, rstd, u = saved if kept else (None,) * 4
+    empty = lambda t, dtype: x.new_empty(0, dtype=dtype) if t is None else t  # noqa: E731
+    return out, empty(y, dtype), empty(mean, torch.float32), empty(rstd, torch.float32), empty(u, dtype)
+
+
+def block_inference(x: Tensor, *arguments) -> Tensor:
+    """out alone; arguments as of :func:`block_forward`."""
+    return _forward(x, *arguments)[0]
+
+
+def _forward(x: Tensor, *arguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     *parameters, row_scale, grn_weight, grn_bias, eps, memory, dtype = arguments
     p = Parameters(*parameters, grn_weight, grn_bias)
     call = _call(x, p, row_scale, dtype)
     n, c, h, w = x.shape
     kept = memory != "lean"
-    nothing, no_sums = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
     out = registration.empty_map(x, x.shape, block_dtype(x, p.layer_scale, dtype))
+    u = x.new_empty((n, h, w, call.d), dtype=dtype) if keeps_u(memory, c) else None
     if x.numel() == 0:
-        kept_u = (n, h, w, call.d) if keeps_u(memory, c) else 0
-        shapes = ((n, h, w, c), (n, h, w), (n, h, w), kept_u) if kept else (0, 0, 0, 0)
-        dtypes = (dtype, torch.float32, torch.float32, dtype)
-        return out, *(x.new_empty(shape, dtype=one) for shape, one in zip(shapes, dtypes, strict=True))
+        mean, rstd = (x.new_empty((n, h, w), dtype=torch.float32) for _ in range(2))
+        return out, (x.new_empty((n, h, w, c), dtype=dtype), mean, rstd, u)
     with runtime.on_device(x):
         y = _convolved(x, call.p, dtype)
-        u = x.new_empty((n, h, w, call.d), dtype=dtype) if keeps_u(memory, c) else None
         in_place = out.is_contiguous(memory_format=torch.channels_last)
         result = out if in_place else torch.empty_like(out, memory_format=torch.channels_last)
-        statistics = _tail(call, _rows(x), y, _rows(result), eps, kept, u)
+        mean, rstd = _tail(call, _rows(x), y, _rows(result), eps, kept, u)
         if not in_place:
             out.copy_(result)
-    if not kept:
-        return out, nothing, no_sums, no_sums.clone(), nothing.clone()
-    mean, rstd = (s.view(n, h, w) for s in statistics)
-    return out, y, mean, rstd, nothing if u is None else u
+    return out, (y, mean.view(n, h, w), rstd.view(n, h, w), u) if kept else (None,) * 4
 
 
 def _tail(call: _Call, x: Tensor, y: Tensor, out: Tensor, eps: float, kept: bool, u: Tensor | None):
@@ -163,18 +186,13 @@ def _tail(call: _Call, x: Tensor, y: Tensor, out: Tensor, eps: float, kept: bool
 def _fused_arguments(call: _Call, x: Tensor, y: Tensor, out: Tensor, kept: bool):
     """Arguments and constants that the two kernels of the whole tail have in common; the statistics to fill."""
     p = call.p
-    statistics = [y.new_empty(call.rows if kept else 0, dtype=torch.float32) for _ in range(2)]
+    statistics = [y.new_empty(call.rows, dtype=torch.float32) if kept else y for _ in range(2)]
     arguments = (
         y, x, _or(p.norm_weight, y), _or(p.norm_bias, y), norm_linear.dense(p.fc1_weight, call.dtype),
         _or(p.fc1_bias, y), norm_linear.dense(p.fc2_weight, call.dtype), _or(p.fc2_bias, y), _or(p.layer_scale, y),
         _or(call.row_scale, y), out, *statistics, call.rows, call.pixels,
     )  # fmt: skip
-    constants = {
-        "C": call.c,
-        "D": call.d,
-        **_given(call, "norm_weight", "norm_bias", "fc1_bias", "fc2_bias", "layer_scale", "row_scale"),
-        "STORE_STATISTICS": kept,
-    }
+    constants = _given(call, "norm_weight", "norm_bias", "fc1_bias", "fc2_bias", "layer_scale", "row_scale")
     return arguments, constants, statistics
 
 
@@ -184,7 +202,7 @@ def _fused_tail(call: _Call, x: Tensor, y: Tensor, out: Tensor, eps: float, kept
     ahead = config.ahead(call.arch)
     kernels._block_fwd_kernel[(-(-call.rows // tile.m),)](
         *arguments, call.d, eps,
-        **constants, AHEAD=ahead, K0=config.whole(call.c) if ahead else c0, K1=0 if ahead else c1, N0=c0, N1=c1,
+        C=call.c, D=call.d, **constants, STORE_STATISTICS=kept, AHEAD=ahead, K0=config.whole(call.c) if ahead else c0, K1=0 if ahead else c1, N0=c0, N1=c1,
         BLOCK_P=tile.m, BLOCK_D=tile.n, **tile.options(),
     )  # fmt: skip
     return statistics
@@ -195,7 +213,9 @@ def _resident_tail(call: _Call, x: Tensor, y: Tensor, out: Tensor, eps: float, k
     c0, c1 = norm_linear_config.split(call.c)
     programs = min(config.multiprocessors(call.arch), -(-call.rows // tile.m))
     kernels._block_fwd_resident_kernel[(programs,)](
-        *arguments, programs, eps, **constants, C0=c0, C1=c1, BLOCK_P=tile.m, BLOCK_D=tile.n, **tile.options(),
+        *arguments, programs, eps,
+        C=call.c, D=call.d, **constants, STORE_STATISTICS=kept, C0=c0, C1=c1, BLOCK_P=tile.m, BLOCK_D=tile.n,
+        **tile.options(),
     )  # fmt: skip
     return statistics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ from . import reference
 from .reference import Parameters, Saved
 
 MEMORY = ("default", "lean", "fast")
+
+# What calls with these signatures were found to be: right, and why the kernels cannot take them. A block has thirteen
+# tensors, and looking at them takes longer than launching its kernels.
+_CHECKED = registration.Memo()
+_REASONS = registration.Memo()
 
 # Every signature below is spelled in one order: x, nine tensors of Parameters, row_scale, the two of GRN.
 _TENSORS = (
@@ -201,11 +207,19 @@ def why_not(
     return _why_not(x, p, row_scale)
 
 
-def _why_not(x: Tensor, p: Parameters, row_scale: Tensor | None) -> str | None:
-    reason = runtime.why_not_device("block", x) or registration.why_not_tensors((x, *p))
-    if reason is not None:
-        return reason
-    return runtime.launchers("block").why_not(x, p, row_scale)
+def _why_not(x: Tensor, p: Parameters, row_scale: Tensor | None, signature: Hashable = None) -> str | None:
+    if signature is None:
+        reason = runtime.why_not_device("block", x) or registration.why_not_tensors((x, *p))
+        return runtime.launchers("block").why_not(x, p, row_scale) if reason is None else reason
+    if registration.transformed():
+        return "a torch.func transform is active"
+    if signature in _REASONS:
+        return _REASONS[signature]
+    return _REASONS.remember(signature, _why_not(x, p, row_scale))
+
+
+def _requires_grad(row_scale) -> bool:
+    return isinstance(row_scale, Tensor) and row_scale.requires_grad
 
 
 def composition(x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float) -> Tensor:
@@ -297,14 +311,20 @@ def convnext_block(
             return composition(*_unpack(tensors), eps)
         return handle_torch_function(convnext_block, tensors, *tensors, eps=eps, memory=memory)
     x, p, row_scale = _unpack(tensors)
-    _check(x, p, row_scale, eps, memory)
-    chosen = runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale))
+    known = type(eps) is float and type(memory) is str  # else they may not even be hashable
+    signature = registration.signature(tensors, eps, memory, _requires_grad(row_scale)) if known else None
+    if signature not in _CHECKED:
+        _check(x, p, row_scale, eps, memory)
+        _CHECKED.remember(signature, True)
+    chosen = runtime.select("convnext_block", x, lambda: _why_not(x, p, row_scale, signature))
     if chosen == "torch" and not depthwise.is_empty(x):
         if memory == "lean" and torch.is_grad_enabled() and not runtime.exporting():
             return checkpoint(composition, x, p, row_scale, eps, use_reentrant=False, preserve_rng_state=False)
         return composition(x, p, row_scale, eps)
     dtype = runtime.autocast_dtype(x) or x.dtype
     backend = "reference" if chosen == "torch" else chosen
-    if not torch.is_grad_enabled():
-        memory = "lean"  # there is no backward pass to keep anything for
+    if registration.needs_no_function():  # nor is there a backward pass to keep anything for
+        if backend == "triton" and registration.unobserved(x):
+            return runtime.launchers("block").block_inference(*tensors, eps, "lean", dtype)
+        return _FORWARD(*tensors, eps, "lean", dtype, backend)[0]
     return ConvNeXtBlockFunction.apply(*tensors, eps, memory, dtype, backend)

@@ -62,6 +62,12 @@ class Choice:
         return -(-w // self.block_w)
 
 
+@lru_cache(maxsize=4096)
+def settings(choice: Choice, c: int, kh: int, kw: int, residual: bool = False) -> dict[str, object]:
+    """:meth:`Choice.constants` and :meth:`Choice.options` together, not to be changed."""
+    return {**choice.constants(c, kh, kw, residual), **choice.options()}
+
+
 _FORWARD, _WEIGHT = "_depthwise_fwd", "_depthwise_bwd_weight"
 
 

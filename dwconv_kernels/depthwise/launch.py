@@ -39,7 +39,7 @@ def depthwise_forward(
     kernel = weight.shape[2:]
     size = [x.shape[2 + k] + 2 * padding[k] - kernel[k] + 1 for k in range(2)]
     y = registration.empty_map(x, (*x.shape[:2], *size))
-    _convolve(x, weight, bias, padding, y, flip=False)
+    convolve(x, weight, bias, padding, y, flip=False)
     return y
 
 
@@ -82,7 +82,7 @@ def depthwise_input_gradient(
         raise ValueError("residual is dx; a map in memory of its own is allowed")
     # The same operator on dy, with the taps turned around.
     turned = tuple(k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True))
-    _convolve(dy, weight, None, turned, dx, flip=True, residual=residual)
+    convolve(dy, weight, None, turned, dx, flip=True, residual=residual)
 
 
 def depthwise_weight_gradient(
@@ -105,7 +105,7 @@ def depthwise_weight_gradient(
     parts = strips * -(-h // rows) * -(-n // images)
     with runtime.on_device(x):
         partials = torch.empty((parts, kh * kw + 1, c), dtype=torch.float32, device=x.device)
-        settings = {**choice.constants(c, kh, kw), **choice.options()}
+        settings = config.settings(choice, c, kh, kw)
         grid = (parts * _blocks(c),)
         launch = getattr(kernels, choice.kernel)[grid]
         if choice.pairs:
@@ -138,7 +138,7 @@ def _is_same(kernel: Pair, padding: Pair) -> bool:
     return tuple(padding) == (kernel[0] // 2, kernel[1] // 2)
 
 
-def _convolve(
+def convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -165,7 +165,7 @@ def _convolve(
     grid = (columns * -(-oh // rows),)
     with runtime.on_device(x):
         taps = _taps(x, weight, bias, choice.pairs, flip)
-        settings = {**choice.constants(c, kh, kw, residual is not None), **choice.options()}
+        settings = config.settings(choice, c, kh, kw, residual is not None)
         kernel = getattr(kernels, choice.kernel)
         added = y if residual is None else residual  # what is not read needs a type all the same
         if choice.pairs:
