@@ -77,6 +77,13 @@ def _as_vector(parameter: Tensor) -> Tensor:
     return parameter.squeeze(1).flatten()
 
 
+def _autocast(x: Tensor) -> bool:
+    """Does autocast round what a linear layer makes of x?"""
+    if isinstance(x, torch.fx.Proxy):  # symbolic tracing has no devices to look at
+        return False
+    return x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
 class Block(nn.Module):
     """``x + drop_path(γ · pwconv2(grn(gelu(pwconv1(norm(dwconv(x)))))))``, one operator: :func:`dk.convnext_block`.
 
@@ -92,6 +99,8 @@ class Block(nn.Module):
         norm_eps: ε of the layer norm.
         memory: what the operator saves for the backward pass, see :func:`dk.convnext_block`. Children that are called
             one after another save what PyTorch saves, whatever this is.
+        half_residual: under autocast, keep x in autocast's dtype from block to block, where else a layer scale in fp32
+            makes it fp32 and twice the memory; see :class:`convnext_fast.ConvNeXt` for what that costs.
 
     Raises:
         ValueError: an argument is not one of the allowed.
@@ -107,6 +116,7 @@ class Block(nn.Module):
         use_grn: bool = False,
         norm_eps: float = 1e-6,
         memory: str = "default",
+        half_residual: bool = False,
         device=None,
         dtype=None,
     ):
@@ -130,9 +140,11 @@ class Block(nn.Module):
         if layer_scale_init_value > 0:
             self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale_init_value), **made))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.memory = memory
+        self.memory, self.half_residual = memory, half_residual
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.half_residual and _autocast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if not (self._children_are_plain() and self._dtypes_agree(x)):
             return x + self.drop_path(self._branch(x))
         grn_weight, grn_bias = (None, None) if self.grn is None else self.grn.vectors()
@@ -143,7 +155,7 @@ class Block(nn.Module):
             self.norm.weight, self.norm.bias,
             self.pwconv1.weight, self.pwconv1.bias,
             self.pwconv2.weight, self.pwconv2.bias,
-            layer_scale=self.gamma,
+            layer_scale=self._layer_scale(x),
             row_scale=row_scale,
             grn_weight=grn_weight,
             grn_bias=grn_bias,
@@ -159,8 +171,13 @@ class Block(nn.Module):
             x = self.grn(x)
         x = self.pwconv2(x)
         if self.gamma is not None:
-            x = self.gamma * x
+            x = self._layer_scale(x) * x
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+
+    def _layer_scale(self, x: Tensor) -> Tensor | None:
+        """γ, in the dtype of x where that is to be the dtype of the result."""
+        cast = self.gamma is not None and self.half_residual and _autocast(x)
+        return self.gamma.to(x.dtype) if cast else self.gamma
 
     def _dtypes_agree(self, x: Tensor) -> bool:
         grn = None if self.grn is None else self.grn.gamma

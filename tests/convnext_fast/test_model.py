@@ -1,5 +1,7 @@
 """The networks: interface of the original, sizes, heads, the block, drop path and checkpointing."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -334,3 +336,37 @@ def test_grad_checkpointing_saves_memory():
     before = saved(model)
     model.set_grad_checkpointing()
     assert saved(model) < before / 2
+
+
+@pytest.mark.parametrize("half_residual", [False, True])
+@pytest.mark.parametrize("use_grn", [False, True])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_half_residual_decides_the_dtype_between_blocks(half_residual, use_grn, drop_path):
+    torch.manual_seed(0)
+    settings = {"layer_scale_init_value": 0.0 if use_grn else 0.5, "use_grn": use_grn}
+    block = Block(8, drop_path, half_residual=half_residual, **settings)
+    hooked = copy.deepcopy(block)
+    hooked.pwconv1.register_forward_hook(lambda *_: None)  # which has its children called one after another
+    x = torch.randn(4, 8, 5, 5)
+    for module in (block, hooked):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        assert y.dtype == (torch.bfloat16 if half_residual else torch.float32)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y.float(), module(x), rtol=0.05, atol=0.05)
+    assert block(x).dtype == torch.float32
+    assert torch.equal(block.eval()(x), convnext_block_without_it(block)(x))
+
+
+def convnext_block_without_it(block):
+    block = copy.deepcopy(block)
+    block.half_residual = False
+    return block
+
+
+@pytest.mark.parametrize("build", [convnext_fast.convnext_atto, convnext_fast.convnext_isotropic_small])
+def test_half_residual_is_an_option_of_all_networks(build):
+    model = build(half_residual=True, num_classes=3)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    assert blocks and all(block.half_residual for block in blocks)
