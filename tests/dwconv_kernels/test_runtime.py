@@ -189,7 +189,7 @@ def test_facts_about_the_machine_are_constants_to_the_compiler():
     """Nothing of how they are found out can be traced; on a GPU every compiled call asks for all three."""
 
     def function(x):
-        reasons = (runtime._why_not_triton(), runtime._why_not_family("depthwise"), runtime._why_not_cuda.__wrapped__(0))
+        reasons = (runtime._why_not_triton(), runtime._why_not_family("depthwise"), runtime._why_not_cuda(0))
         return x + len([reason for reason in reasons if reason is None])
 
     torch._dynamo.reset()
