@@ -119,7 +119,7 @@ def _block_bwd_rows_kernel(
         if STORE_XHAT:
             tl.store(xhat_ptr + (p[:, None] * C + c0[None, :]), x0.to(dtype), mask=mask_p[:, None] & (c0 < C)[None, :])
         normed0 = _affine(x0, c0, norm_weight_ptr, norm_bias_ptr, C, HAS_NORM_WEIGHT, HAS_NORM_BIAS, C0 <= C)
-        normed0 = normed0.to(dtype)
+        normed0 = _without_dropped(normed0, factors, HAS_ROW_SCALE).to(dtype)
         d0 = _rows_of(d_ptr, p, c0, mask_p, C)
         g0 = tl.zeros((BLOCK_P, C0), tl.float32)
         if C1:
@@ -129,7 +129,7 @@ def _block_bwd_rows_kernel(
                     xhat_ptr + (p[:, None] * C + c1[None, :]), x1.to(dtype), mask=mask_p[:, None] & (c1 < C)[None, :]
                 )
             normed1 = _affine(x1, c1, norm_weight_ptr, norm_bias_ptr, C, HAS_NORM_WEIGHT, HAS_NORM_BIAS, C0 + C1 == C)
-            normed1 = normed1.to(dtype)
+            normed1 = _without_dropped(normed1, factors, HAS_ROW_SCALE).to(dtype)
             d1 = _rows_of(d_ptr, p, c1, mask_p, C)
             g1 = tl.zeros((BLOCK_P, C1), tl.float32)
         unscale = tl.load(unscale_ptr) if BALANCED else 1.0
@@ -187,25 +187,34 @@ def _block_bwd_rows_kernel(
 
 
 @triton.jit
+def _without_dropped(normed, factors, HAS_ROW_SCALE: tl.constexpr):
+    """Of dropped images in a block that is not all of such, u is the bias: it could be infinite, and dh is 0."""
+    if HAS_ROW_SCALE:
+        normed = tl.where(factors[:, None] == 0.0, 0.0, normed)
+    return normed
+
+
+@triton.jit
 def _rows_of(ptr, p, c, mask_p, C: tl.constexpr):
     return tl.load(ptr + (p[:, None] * C + c[None, :]), mask=mask_p[:, None] & (c < C)[None, :], other=0.0)
 
 
 @triton.jit
 def _finish_hidden(
-    product, dh, k, p, mask_p, fc1_bias_ptr, u_ptr, vectors_ptr, h_ptr, du_ptr, partials_ptr, D: tl.constexpr,
-    HAS_FC1_BIAS: tl.constexpr, GIVEN_U: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr,
-    STORE_H: tl.constexpr, WHOLE: tl.constexpr,
+    product, dh, k, p, mask_p, factors, fc1_bias_ptr, product_ptr, vectors_ptr, h_ptr, du_ptr, partials_ptr,
+    D: tl.constexpr, HAS_FC1_BIAS: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, GIVEN_PRODUCT: tl.constexpr,
+    SUMS: tl.constexpr, PARTIALS: tl.constexpr, STORE_H: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """h and du of a tile, stored, and two sums of each of its rows, as in norm_linear's _finish_du."""
     mask_k = k < D
     dtype: tl.constexpr = du_ptr.dtype.element_ty
     offs, mask = p[:, None] * D + k[None, :], mask_p[:, None] & mask_k[None, :]
     bias = _vector(fc1_bias_ptr, k, D, HAS_FC1_BIAS, 0.0, WHOLE).to(dtype).to(tl.float32)[None, :]
-    if GIVEN_U:
-        u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    else:
-        u = product + bias
+    if GIVEN_PRODUCT:
+        product = tl.load(product_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_ROW_SCALE:  # what is infinite in a dropped image is not to be multiplied by 0
+        product = tl.where(factors[:, None] == 0.0, 0.0, product)
+    u = product + bias
     if STORE_H:
         tl.store(h_ptr + offs, gelu(u, dtype).to(dtype), mask=mask)
     du = dh * gelu_derivative(u, dtype)
@@ -216,22 +225,22 @@ def _finish_hidden(
         du = du.to(dtype).to(tl.float32)  # g is made of what was stored, and so are the sums of its rows
         s = _vector(vectors_ptr, k, D, True, 0.0, WHOLE)[None, :]
         t = _vector(vectors_ptr + D, k, D, True, 0.0, WHOLE)[None, :]
-        return tl.sum(du * s, 1), tl.sum(du * (u - bias - t), 1)
+        return tl.sum(du * s, 1), tl.sum(du * (product - t), 1)
     else:
         return 0.0, 0.0
 
 
 @triton.jit(do_not_specialize=["P", "pixels", "length"])
 def _block_bwd_hidden_kernel(
-    normed_ptr, fc1_ptr, fc1_bias_ptr, u_ptr, d_ptr, scaled_ptr, unscale_ptr, row_scale_ptr, vectors_ptr, h_ptr,
+    normed_ptr, fc1_ptr, fc1_bias_ptr, product_ptr, d_ptr, scaled_ptr, unscale_ptr, row_scale_ptr, vectors_ptr, h_ptr,
     du_ptr, sums_ptr, partials_ptr, P, pixels, length,
     C: tl.constexpr, D: tl.constexpr, HAS_FC1_BIAS: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, BALANCED: tl.constexpr,
-    GIVEN_U: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr, STORE_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    GIVEN_PRODUCT: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr, STORE_H: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h and du of a block of rows and hidden channels, from u and dh, two products in one loop; ``length`` is C.
 
-    GIVEN_U: u was kept, and dh is the only product. SUMS, PARTIALS: as in _norm_linear_bwd_du_kernel.
+    GIVEN_PRODUCT: u without its bias was kept, and dh is the only product. SUMS, PARTIALS: as in _norm_linear_bwd_du_kernel.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     HALF: tl.constexpr = BLOCK_D // 2
@@ -252,7 +261,7 @@ def _block_bwd_hidden_kernel(
         inside_b = mask_k if WHOLE_C else mask_k & (start + q < C)[:, None]
         a = tl.load(d_ptr + rows, mask=inside_a, other=0.0)
         b = tl.load(scaled_ptr + columns, mask=inside_b, other=0.0)
-        if not GIVEN_U:
+        if not GIVEN_PRODUCT:
             a_u = tl.load(normed_ptr + rows, mask=inside_a, other=0.0)
             b_u = tl.load(fc1_ptr + columns, mask=inside_b, other=0.0)
             u = tl.dot(a_u, b_u, u, input_precision=PRECISION)
@@ -263,19 +272,19 @@ def _block_bwd_hidden_kernel(
         dh *= tl.load(unscale_ptr)
     h_ptr += row.to(tl.int64) * D
     du_ptr += row.to(tl.int64) * D
-    u_ptr += row.to(tl.int64) * D
+    product_ptr += row.to(tl.int64) * D
     partials_ptr += part.to(tl.int64) * D
     mask_p = row + p < P
     k = tile * BLOCK_D + tl.arange(0, HALF)
     u_left, u_right = _halves(u, BLOCK_P, BLOCK_D)
     dh_left, dh_right = _halves(dh, BLOCK_P, BLOCK_D)
     sum_g, sum_gx = _finish_hidden(
-        u_left, dh_left, k, p, mask_p, fc1_bias_ptr, u_ptr, vectors_ptr, h_ptr, du_ptr, partials_ptr, D,
-        HAS_FC1_BIAS, GIVEN_U, SUMS, PARTIALS, STORE_H, D % BLOCK_D == 0,
+        u_left, dh_left, k, p, mask_p, factors, fc1_bias_ptr, product_ptr, vectors_ptr, h_ptr, du_ptr, partials_ptr, D,
+        HAS_FC1_BIAS, HAS_ROW_SCALE, GIVEN_PRODUCT, SUMS, PARTIALS, STORE_H, D % BLOCK_D == 0,
     )  # fmt: skip
     more_g, more_gx = _finish_hidden(
-        u_right, dh_right, k + HALF, p, mask_p, fc1_bias_ptr, u_ptr, vectors_ptr, h_ptr, du_ptr, partials_ptr, D,
-        HAS_FC1_BIAS, GIVEN_U, SUMS, PARTIALS, STORE_H, D % BLOCK_D == 0,
+        u_right, dh_right, k + HALF, p, mask_p, factors, fc1_bias_ptr, product_ptr, vectors_ptr, h_ptr, du_ptr,
+        partials_ptr, D, HAS_FC1_BIAS, HAS_ROW_SCALE, GIVEN_PRODUCT, SUMS, PARTIALS, STORE_H, D % BLOCK_D == 0,
     )  # fmt: skip
     if SUMS:
         sums_ptr += tile.to(tl.int64) * 2 * P + row

@@ -13,17 +13,18 @@ from ..primitives import gelu, gelu_derivative
 
 @triton.jit(do_not_specialize=["pixels", "images"])
 def _block_grn_sums_kernel(
-    a_ptr, dh_ptr, sums_ptr, pixels, images,
-    D: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    a_ptr, dh_ptr, fc1_bias_ptr, sums_ptr, pixels, images,
+    D: tl.constexpr, BACKWARD: tl.constexpr, HAS_FC1_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """sums (images, D) = Σ a² over the pixels of each image.
 
-    BACKWARD: (3, images, D): of Σ a², Σ dh·a and Σ dh, where ``a_ptr`` has u, and a = gelu(u).
+    BACKWARD: (3, images, D): of Σ a², Σ dh·a and Σ dh, where ``a_ptr`` has u without its bias, and a = gelu(u).
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     n = tl.program_id(0) // blocks
     p, k = tl.arange(0, BLOCK_P), tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
+    fc1_bias = _vector(fc1_bias_ptr, k, D, HAS_FC1_BIAS, 0.0, False).to(dtype).to(tl.float32)
     a_ptr += n.to(tl.int64) * pixels * D
     dh_ptr += n.to(tl.int64) * pixels * D
     squares = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
@@ -33,6 +34,7 @@ def _block_grn_sums_kernel(
         mask_p = start + p < pixels
         a = _tile(a_ptr, p * D, k, mask_p, k < D)
         if BACKWARD:
+            a = tl.where(mask_p[:, None], a + fc1_bias[None, :], 0.0)
             a = gelu(a, dtype).to(dtype).to(tl.float32)
             dh = _tile(dh_ptr, p * D, k, mask_p, k < D)
             products += dh * a
@@ -77,12 +79,12 @@ def _block_grn_apply_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "images"])
 def _block_grn_bwd_kernel(
-    u_ptr, dh_ptr, scale_ptr, direction_ptr, grn_bias_ptr, fc1_bias_ptr, vectors_ptr, sums_ptr, partials_ptr, pixels,
+    product_ptr, dh_ptr, scale_ptr, direction_ptr, grn_bias_ptr, fc1_bias_ptr, vectors_ptr, sums_ptr, partials_ptr, pixels,
     images,
     D: tl.constexpr, HAS_FC1_BIAS: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """u becomes h, and dh becomes du = (dh·s + a·dG/G)∘gelu'(u), with dG/G of each image in ``direction``.
+    """u without its bias becomes h, and dh becomes du = (dh·s + a·dG/G)∘gelu'(u), with dG/G of each image in ``direction``.
 
     SUMS, PARTIALS: as in _norm_linear_bwd_du_kernel, with a block of rows for each block of pixels of each image.
     """
@@ -91,27 +93,28 @@ def _block_grn_bwd_kernel(
     n, first, column = _place(pixels, D, BLOCK_P, BLOCK_D)
     p, k = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_D)
     mask_p, mask_k = first + p < pixels, k < D
-    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    dtype: tl.constexpr = product_ptr.dtype.element_ty
     row = n.to(tl.int64) * pixels + first
-    u_ptr += row * D
+    product_ptr += row * D
     dh_ptr += row * D
     scale = _vector(scale_ptr + n.to(tl.int64) * D, k, D, True, 0.0, False)[None, :]
     direction = _vector(direction_ptr + n.to(tl.int64) * D, k, D, True, 0.0, False)[None, :]
     grn_bias = _vector(grn_bias_ptr, k, D, True, 0.0, False).to(dtype).to(tl.float32)[None, :]
-    u = _tile(u_ptr, p * D, k, mask_p, mask_k)
+    fc1_bias = _vector(fc1_bias_ptr, k, D, HAS_FC1_BIAS, 0.0, False).to(dtype).to(tl.float32)[None, :]
+    product = _tile(product_ptr, p * D, k, mask_p, mask_k)
+    u = product + fc1_bias
     a = gelu(u, dtype).to(dtype).to(tl.float32)
     du = (_tile(dh_ptr, p * D, k, mask_p, mask_k) * scale + a * direction) * gelu_derivative(u, dtype)
     offs, mask = p[:, None] * D + k[None, :], mask_p[:, None] & mask_k[None, :]
-    tl.store(u_ptr + offs, (a * scale + grn_bias).to(dtype), mask=mask)
+    tl.store(product_ptr + offs, (a * scale + grn_bias).to(dtype), mask=mask)
     tl.store(dh_ptr + offs, du.to(dtype), mask=mask)
     if PARTIALS:
         tl.store(partials_ptr + part.to(tl.int64) * D + k, tl.sum(tl.where(mask, du, 0.0), 0), mask=mask_k)
     if SUMS:
         du = tl.where(mask, du.to(dtype).to(tl.float32), 0.0)
-        fc1_bias = _vector(fc1_bias_ptr, k, D, HAS_FC1_BIAS, 0.0, False).to(dtype).to(tl.float32)[None, :]
         s = _vector(vectors_ptr, k, D, True, 0.0, False)[None, :]
         t = _vector(vectors_ptr + D, k, D, True, 0.0, False)[None, :]
         rows = images.to(tl.int64) * pixels
         sums_ptr += tile.to(tl.int64) * 2 * rows + row
         tl.store(sums_ptr + p, tl.sum(du * s, 1), mask=mask_p)
-        tl.store(sums_ptr + rows + p, tl.sum(du * (u - fc1_bias - t), 1), mask=mask_p)
+        tl.store(sums_ptr + rows + p, tl.sum(du * (product - t), 1), mask=mask_p)

@@ -237,11 +237,12 @@ def _out(call: _Call, h: Tensor, x: Tensor, out: Tensor) -> None:
 
 
 def _grn_sums(call: _Call, a: Tensor, dh: Tensor | None) -> Tensor:
-    """Σ a² of each image (1, N, D); with dh, of a = gelu(u), given u, also Σ dh·a and Σ dh: (3, N, D)."""
+    """Σ a² of each image (1, N, D); with dh, and with u without its bias instead of a, also Σ dh·a and Σ dh: (3, N, D)."""
     images = call.rows // call.pixels
     sums = a.new_empty((1 if dh is None else 3, images, call.d), dtype=torch.float32)
     kernels._block_grn_sums_kernel[(images * -(-call.d // _GRN["BLOCK_D"]),)](
-        a, _or(dh, a), sums, call.pixels, images, D=call.d, BACKWARD=dh is not None, **_GRN, **_SMALL,
+        a, _or(dh, a), _or(call.p.fc1_bias, a), sums, call.pixels, images,
+        D=call.d, BACKWARD=dh is not None, **_given(call, "fc1_bias"), **_GRN, **_SMALL,
     )  # fmt: skip
     return sums
 
@@ -415,7 +416,7 @@ class _Tail:
             _or(call.row_scale, self.d), first.vectors() if first.sums else first.mean, self.h, first.du,
             first.row_sums, first.partials, call.rows, call.pixels, call.c,
             C=call.c, D=call.d, **_given(call, "fc1_bias", "row_scale"), BALANCED=self._balanced(),
-            GIVEN_U=self.u is not None, SUMS=first.sums, PARTIALS=parameters, STORE_H=self.needs_h, BLOCK_P=tile.m,
+            GIVEN_PRODUCT=self.u is not None, SUMS=first.sums, PARTIALS=parameters, STORE_H=self.needs_h, BLOCK_P=tile.m,
             BLOCK_D=tile.n, BLOCK_C=tile.k, PRECISION=precision, **tile.options(),
         )  # fmt: skip
 
@@ -426,13 +427,11 @@ class _Tail:
         u = self._empty_hidden()
         normed = first.normalised(self.u is None)
         if self.u is None:
-            norm_linear.product(normed, first.weight, p.fc1_bias, u)
+            norm_linear.product(normed, first.weight, None, u)
         else:
             u.copy_(self.u.view_as(u))  # what was kept stays what it is, for a second backward pass
         dh = self._empty_hidden()
-        norm_linear.product(self.d, scaled, None, dh)
-        if self._balanced():
-            dh *= unscale
+        norm_linear.product(self.d, scaled, None, dh, factor=unscale if self._balanced() else None)
         squares, products, totals = _grn_sums(call, u, dh)
         norm, mean, relative, scale = _grn_scales(call, squares)
         for wanted, gradient, value in (

@@ -50,7 +50,7 @@ class Saved(NamedTuple):
     y: Tensor  # (N, H, W, C), the convolution's output, in the compute dtype
     mean: Tensor  # (N, H, W)
     rstd: Tensor  # (N, H, W)
-    u: Tensor  # (N, H, W, D), the first linear layer's output, in the compute dtype
+    u: Tensor  # (N, H, W, D), the first linear layer's output without its bias, in the compute dtype
 
 
 def keeps_u(memory: str, channels: int) -> bool:
@@ -106,6 +106,11 @@ def _grn_backward(dg: Tensor, h: Tensor, p: Parameters) -> tuple[Tensor, Tensor 
     return dg * scale + direction * h, (sums * relative).sum(0), dg.sum((0, 1, 2))
 
 
+def _with_bias(product: Tensor, p: Parameters, dtype: torch.dtype) -> Tensor:
+    """u. Its bias is not in what is kept: rounded with a large one, that would say little of its rows."""
+    return product if p.fc1_bias is None else product + p.fc1_bias.to(dtype).to(product.dtype)
+
+
 def convnext_block_reference(
     x: Tensor, p: Parameters, row_scale: Tensor | None, eps: float, memory: str, dtype: torch.dtype
 ) -> tuple[Tensor, Saved]:
@@ -116,8 +121,8 @@ def convnext_block_reference(
     y = _convolution(x, p, dtype)
     wide = y.to(sum_dtype(dtype))
     mean, rstd = statistics(wide, eps)
-    u = linear(scaled(normalised(wide, mean, rstd), p.norm_weight, p.norm_bias), p.fc1_weight, p.fc1_bias, dtype)
-    t = linear(_grn(gelu(u), p), p.fc2_weight, p.fc2_bias, dtype)
+    product = linear(scaled(normalised(wide, mean, rstd), p.norm_weight, p.norm_bias), p.fc1_weight, None, dtype)
+    t = linear(_grn(gelu(_with_bias(product, p, dtype)), p), p.fc2_weight, p.fc2_bias, dtype)
     t = scaled(t, p.layer_scale, None).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
     if row_scale is not None:
         t = t * row_scale.to(t.dtype)[:, None, None, None]
@@ -125,7 +130,7 @@ def convnext_block_reference(
     nothing = y.new_empty(0)
     if memory == "lean":
         return out, Saved(nothing, mean.new_empty(0), mean.new_empty(0), nothing)
-    return out, Saved(y, mean, rstd, u.to(dtype) if keeps_u(memory, x.shape[1]) else nothing)
+    return out, Saved(y, mean, rstd, product.to(dtype) if keeps_u(memory, x.shape[1]) else nothing)
 
 
 def convnext_block_backward_reference(
@@ -149,7 +154,7 @@ def convnext_block_backward_reference(
     xhat = normalised(wide, mean, rstd)
     normed = scaled(xhat, p.norm_weight, p.norm_bias)
     kept = keeps_u(memory, x.shape[1])
-    u = saved.u.to(wide.dtype) if kept else linear(normed, p.fc1_weight, p.fc1_bias, dtype)
+    u = _with_bias(saved.u.to(wide.dtype) if kept else linear(normed, p.fc1_weight, None, dtype), p, dtype)
     gelu_u = gelu(u)
 
     d = dout.to(wide.dtype).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)

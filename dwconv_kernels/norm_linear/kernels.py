@@ -121,11 +121,15 @@ def _norm_linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["P", "length"])
 def _norm_linear_product_kernel(
-    normed_ptr, weight_ptr, bias_ptr, y_ptr, u_ptr, P, length,
-    C: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, STORE_U: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    normed_ptr, weight_ptr, bias_ptr, y_ptr, product_ptr, factor_ptr, P, length,
+    C: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FACTOR: tl.constexpr, GELU: tl.constexpr,
+    STORE_PRODUCT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of normalised rows: of rows too wide to be normalised where they are multiplied. STORE_U: and u."""
+    """y of normalised rows: of rows too wide to be normalised where they are multiplied.
+
+    STORE_PRODUCT: also what the bias is added to. HAS_FACTOR: that is multiplied by a number first.
+    """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     row = tl.program_id(0) // blocks * BLOCK_P
     p, k = tl.arange(0, BLOCK_P), tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -134,10 +138,12 @@ def _norm_linear_product_kernel(
     u = _preactivation(
         normed_ptr, weight_ptr, row, p, mask_p, k, mask_k, length, C, D, BLOCK_P, BLOCK_D, BLOCK_C, PRECISION
     )
+    if HAS_FACTOR:
+        u *= tl.load(factor_ptr)
+    if STORE_PRODUCT:
+        product_ptr += row.to(tl.int64) * D
+        tl.store(product_ptr + (p[:, None] * D + k[None, :]), u.to(dtype), mask=mask_p[:, None] & mask_k[None, :])
     u += _vector(bias_ptr, k, D, HAS_BIAS, 0.0, D % BLOCK_D == 0).to(dtype).to(tl.float32)[None, :]
-    if STORE_U:
-        u_ptr += row.to(tl.int64) * D
-        tl.store(u_ptr + (p[:, None] * D + k[None, :]), u.to(dtype), mask=mask_p[:, None] & mask_k[None, :])
     if GELU:
         u = gelu(u, dtype)
     y_ptr += row.to(tl.int64) * D

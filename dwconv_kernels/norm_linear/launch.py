@@ -95,11 +95,12 @@ def norm_linear_forward(
     eps: float,
     activation: str | None,
     dtype: torch.dtype,
-    u: Tensor | None = None,
+    without_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (..., D) in ``dtype``, and mean and rstd (...) in fp32, of x (..., C).
 
-    ``u``, like y, is filled with what GELU is taken of; only the kernels of wide rows do that, so they take all rows.
+    ``without_bias``, like y, is filled with what the bias is added to; only the kernels of wide rows do that, so they
+    take all rows.
     """
     _refuse_unsupported(x, weight, dtype)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
@@ -110,8 +111,8 @@ def norm_linear_forward(
         rows, weight = as_rows(x), dense(weight, dtype)
         tile = config.resident(NAMES[dtype], rows.c, weight.shape[0], runtime.arch(x), rows.vectors)
         arguments = (rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation)
-        if tile is None or u is not None:
-            _forward_of_wide_rows(*arguments, u)
+        if tile is None or without_bias is not None:
+            _forward_of_wide_rows(*arguments, without_bias)
         else:
             _forward_of_resident_rows(*arguments, tile)
     return y, mean, rstd
@@ -130,23 +131,34 @@ def _forward_of_resident_rows(rows, norm_weight, norm_bias, weight, bias, y, mea
     )  # fmt: skip
 
 
-def _forward_of_wide_rows(rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation, u) -> None:
+def _forward_of_wide_rows(
+    rows, norm_weight, norm_bias, weight, bias, y, mean, rstd, eps, activation, without_bias
+) -> None:
     normed = rows.x.new_empty((rows.p, rows.c), dtype=y.dtype)
     normalise(rows, norm_weight, norm_bias, mean, rstd, eps, normed, None)
-    product(normed, weight, bias, y, activation is not None, u)
+    product(normed, weight, bias, y, activation is not None, without_bias)
 
 
 def product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, gelu: bool = False, u: Tensor | None = None
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    gelu: bool = False,
+    without_bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> None:
-    """Fills y (P, D) with rows (P, C) times the transpose of the weight (D, C), both dense; u with y before GELU."""
+    """Fills y (P, D) with rows (P, C) times the transpose of the weight (D, C), both dense, plus the bias, through GELU.
+
+    ``without_bias`` (P, D) is filled with the product alone; ``factor`` (1,) in fp32 is multiplied with it before.
+    """
     (p, c), (d, _) = rows.shape, weight.shape
     arch, (tf32, precision) = runtime.arch(y), _precision(y.dtype)
     tile = config.product(NAMES[y.dtype], c, d, arch, config.few_rows(p, d, arch), tf32)
     kernels._norm_linear_product_kernel[(-(-p // tile.m) * -(-d // tile.n),)](
-        rows, weight, _parameter(bias, y), y, y if u is None else u, p, c,
-        C=c, D=d, HAS_BIAS=bias is not None, GELU=gelu, STORE_U=u is not None, BLOCK_P=tile.m, BLOCK_D=tile.n,
-        BLOCK_C=tile.k, PRECISION=precision, **tile.options(),
+        rows, weight, _parameter(bias, y), y, y if without_bias is None else without_bias, _parameter(factor, y), p, c,
+        C=c, D=d, **_given(bias=bias, factor=factor), GELU=gelu, STORE_PRODUCT=without_bias is not None,
+        BLOCK_P=tile.m, BLOCK_D=tile.n, BLOCK_C=tile.k, PRECISION=precision, **tile.options(),
     )  # fmt: skip
 
 
