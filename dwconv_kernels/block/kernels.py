@@ -7,7 +7,7 @@ Formulas are in this folder's README, how kernels are launched in launch.py. Row
 import triton
 import triton.language as tl
 
-from ..norm_linear.tiles import _matrix, _product
+from ..norm_linear.tiles import _halves, _matrix, _product
 from ..primitives import gelu
 from .kernels_backward import (
     _block_bwd_finish_kernel,
@@ -132,14 +132,18 @@ def _block_fwd_resident_kernel(
             if C1:
                 sums1 = tl.dot(h, down1[block], sums1)
         factors = _row_factors(row_scale_ptr, row, p, mask_p, pixels, HAS_ROW_SCALE)
-        _store_out(
-            sums0, factors, fc2_bias_ptr, layer_scale_ptr, x_ptr + base, out_ptr + base, p, c0, mask_p, dtype, C,
-            HAS_FC2_BIAS, HAS_LAYER_SCALE, HAS_ROW_SCALE, C0 <= C,
-        )  # fmt: skip
         if C1:
             _store_out(
                 sums1, factors, fc2_bias_ptr, layer_scale_ptr, x_ptr + base, out_ptr + base, p, c1, mask_p, dtype, C,
                 HAS_FC2_BIAS, HAS_LAYER_SCALE, HAS_ROW_SCALE, C0 + C1 == C,
+            )  # fmt: skip
+        # In halves: x in fp32, as under autocast, takes as many registers as the sums.
+        left, right = _halves(sums0, BLOCK_P, C0)
+        c = tl.arange(0, C0 // 2)
+        for half in tl.static_range(2):
+            _store_out(
+                left if half == 0 else right, factors, fc2_bias_ptr, layer_scale_ptr, x_ptr + base, out_ptr + base, p,
+                c + half * (C0 // 2), mask_p, dtype, C, HAS_FC2_BIAS, HAS_LAYER_SCALE, HAS_ROW_SCALE, C0 <= C,
             )  # fmt: skip
 
 
