@@ -45,19 +45,25 @@ def register_operator(
         backward, setup_context: the autograd formula, as in ``torch.library.register_autograd``.
     """
     qualified = f"{NAMESPACE}::{name}"
+
+    def run(*args):  # the last one is the backend
+        if args[-1] == "triton" or not torch.amp.is_autocast_available(args[0].device.type):
+            return implementation(*args)
+        # Definitions compute with PyTorch's operators, in the dtypes that they say.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return implementation(*args)
+
     namespace = getattr(torch.ops, NAMESPACE)
     if not hasattr(namespace, name):  # a second copy of this module, or a reload, must not define it again
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "default", implementation)
+        torch.library.impl(qualified, "default", run)
         torch.library.register_fake(qualified, fake)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
         register_flop_formula(getattr(namespace, name))(flops)
     operator = getattr(namespace, name).default
 
-    def call(*args):  # the last one is the backend
-        # The definitions compute with PyTorch's operators, which autocast, below the dispatcher off, would change.
-        direct = args[-1] == "triton" and unobserved(args[0])
-        return implementation(*args) if direct else operator(*args)
+    def call(*args):
+        return run(*args) if unobserved(args[0]) else operator(*args)
 
     return call
 
