@@ -179,11 +179,11 @@ def block() -> str:
     return "\n".join([caption, "", *counts_table(), "", *errors_table(interpreted()), ""])
 
 
-def with_block(text: str, block: str) -> str:
+def with_block(text: str, block: str, begin: str = BEGIN, end: str = END, readme: Path = README) -> str:
     """The README with this block between its markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{README} needs one line {BEGIN.strip()}, and one line {END.strip()} after it")
-    return text[: text.index(BEGIN) + len(BEGIN)] + block + text[text.index(END) :]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{readme} needs one line {begin.strip()}, and one line {end.strip()} after it")
+    return text[: text.index(begin) + len(begin)] + block + text[text.index(end) :]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -68,8 +68,10 @@ def resident(dtype: str, c: int, d: int, arch: int, rows: int) -> Tile | None:
         return None
     if rows < 4 * ROWS_PER_BLOCK * multiprocessors(arch):
         return None
-    # 128 hidden channels: with 64, sums of two blocks are alive at the same time, and 22 registers spill.
-    return Tile(ROWS_PER_BLOCK, 128 if d % 128 == 0 else 64, 0, warps=8, stages=1)
+    if d % 128 == 0:
+        return Tile(ROWS_PER_BLOCK, 128, 0, warps=8, stages=1)
+    # With 64 hidden channels, sums of two blocks are alive at the same time: of wider rows, registers spill.
+    return Tile(ROWS_PER_BLOCK, 64, 0, warps=8, stages=1) if c <= 64 else None
 
 
 @cache

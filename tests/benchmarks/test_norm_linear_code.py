@@ -16,8 +16,10 @@ if runtime.INTERPRETER:
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
 
 from benchmarks import norm_linear_code as code
+from benchmarks import products
+from benchmarks.compiling import run
 from benchmarks.launches import Launch
-from benchmarks.machine_code import Options
+from benchmarks.machine_code import ALL_ARCHS, ARCHS, Options
 from dwconv_kernels.norm_linear import config, kernels
 
 SLOW = Options(slow=2.0)  # machines that run tests are busy; the report's own limits are for those that do not
@@ -31,7 +33,7 @@ BACKWARD = {
 
 
 def rows_of(call, arch):
-    return [row for one in code.launches(call, arch) for row in code.report(code.Build(call, one), arch, SLOW)]
+    return [row for one in code.launches(call, arch) for row in products.report(products.Build(call, one), arch, SLOW)]
 
 
 def assert_within_limits(rows):
@@ -41,7 +43,7 @@ def assert_within_limits(rows):
 
 
 @pytest.mark.parametrize("c", code.CHANNELS)
-@pytest.mark.parametrize("arch", code.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_convnext_in_bf16(arch, c):
     rows = rows_of(code.Call("bf16", c, 4 * c), arch)
     assert_within_limits(rows)
@@ -84,10 +86,10 @@ def test_samples_of_the_rest(sample):
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", config.DTYPES)
-@pytest.mark.parametrize("arch", code.ALL_ARCHS)
+@pytest.mark.parametrize("arch", ALL_ARCHS)
 def test_everything(arch, dtype):
-    jobs = code.jobs([arch], [dtype], code.ALL_CHANNELS, everything=True)
-    rows = [row for rows in code.machine_code.run(jobs, SLOW, 2, code.report, code.failed) for row in rows]
+    jobs = products.jobs(code.FAMILY, [arch], [dtype], code.ALL_CHANNELS, everything=True)
+    rows = [row for rows in run(jobs, SLOW, 2, products.report, products.failed) for row in rows]
     assert len(rows) == len(jobs)
     assert_within_limits(rows)
 
@@ -102,7 +104,7 @@ def changed(launch: Launch, **changes) -> Launch:
 
 def broken(call, kernel, **changes):
     (launch,) = [one for one in code.launches(call, 90) if one.kernel == kernel]
-    (row,) = code.report(code.Build(call, changed(launch, **changes)), 90, SLOW)
+    (row,) = products.report(products.Build(call, changed(launch, **changes)), 90, SLOW)
     assert "error" not in row
     return row["broken"]
 
@@ -119,9 +121,9 @@ def test_the_report_sees_what_it_is_there_to_see():
 
 
 def test_two_calls_that_launch_the_same_are_compiled_once():
-    few = code.jobs([90], ["bf16"], [96], everything=False)
+    few = products.jobs(code.FAMILY, [90], ["bf16"], [96], everything=False)
     assert len(few) == len({(build.launch.kernel, repr(build.launch.constants)) for build, _ in few})
-    assert len(code.jobs([90], ["bf16"], [96, 96], everything=False)) == len(few)
+    assert len(products.jobs(code.FAMILY, [90], ["bf16"], [96, 96], everything=False)) == len(few)
 
 
 def test_rows_and_sizes_are_no_constants():
@@ -141,4 +143,4 @@ def test_command_writes_rows(tmp_path, capsys):
     assert {row["kernel"] for row in rows} == FORWARD | BACKWARD
     assert "0 with broken limits" in capsys.readouterr().out
     assert code.main([*arguments, "--slow", "0.000001"]) == 1
-    assert "BROKEN sm_90 fp16 C=16 D=64 _norm_linear_fwd_kernel" in capsys.readouterr().out
+    assert "BROKEN sm_90 fp16 C=16 D=64 GELU _norm_linear_fwd_kernel" in capsys.readouterr().out
