@@ -240,7 +240,8 @@ def _block_bwd_hidden_kernel(
 ):  # fmt: skip
     """h and du of a block of rows and hidden channels, from u and dh, two products in one loop; ``length`` is C.
 
-    GIVEN_PRODUCT: u without its bias was kept, and dh is the only product. SUMS, PARTIALS: as in _norm_linear_bwd_du_kernel.
+    GIVEN_PRODUCT: u without its bias was kept, and dh is the only product.
+    SUMS, PARTIALS: as in _norm_linear_bwd_du_kernel.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     HALF: tl.constexpr = BLOCK_D // 2

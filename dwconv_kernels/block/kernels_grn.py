@@ -79,12 +79,12 @@ def _block_grn_apply_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "images"])
 def _block_grn_bwd_kernel(
-    product_ptr, dh_ptr, scale_ptr, direction_ptr, grn_bias_ptr, fc1_bias_ptr, vectors_ptr, sums_ptr, partials_ptr, pixels,
-    images,
+    product_ptr, dh_ptr, scale_ptr, direction_ptr, grn_bias_ptr, fc1_bias_ptr, vectors_ptr, sums_ptr, partials_ptr,
+    pixels, images,
     D: tl.constexpr, HAS_FC1_BIAS: tl.constexpr, SUMS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """u without its bias becomes h, and dh becomes du = (dh·s + a·dG/G)∘gelu'(u), with dG/G of each image in ``direction``.
+    """u without its bias becomes h, dh becomes du = (dh·s + a·dG/G)∘gelu'(u); ``direction`` is dG/G of each image.
 
     SUMS, PARTIALS: as in _norm_linear_bwd_du_kernel, with a block of rows for each block of pixels of each image.
     """

@@ -81,7 +81,7 @@ def _call(x: Tensor, p: Parameters, row_scale: Tensor | None, dtype: torch.dtype
         if reason is not None:
             raise ValueError(f"the Triton kernels do not take this block: {reason}")
         _TAKEN.remember(sizes, True)
-    if not all([t is None or t.is_contiguous() for t in p]):
+    if not all(t is None or t.is_contiguous() for t in p):
         p = Parameters(*(None if t is None else t.contiguous() for t in p))
     row_scale = None if row_scale is None else row_scale.contiguous()
     return _Call(p, row_scale, n * h * w, c, p.fc1_weight.shape[0], h * w, runtime.arch(x), dtype)
@@ -202,8 +202,9 @@ def _fused_tail(call: _Call, x: Tensor, y: Tensor, out: Tensor, eps: float, kept
     ahead = config.ahead(call.arch)
     kernels._block_fwd_kernel[(-(-call.rows // tile.m),)](
         *arguments, call.d, eps,
-        C=call.c, D=call.d, **constants, STORE_STATISTICS=kept, AHEAD=ahead, K0=config.whole(call.c) if ahead else c0, K1=0 if ahead else c1, N0=c0, N1=c1,
-        BLOCK_P=tile.m, BLOCK_D=tile.n, **tile.options(),
+        C=call.c, D=call.d, **constants, STORE_STATISTICS=kept, AHEAD=ahead,
+        K0=config.whole(call.c) if ahead else c0, K1=0 if ahead else c1, N0=c0, N1=c1, BLOCK_P=tile.m,
+        BLOCK_D=tile.n, **tile.options(),
     )  # fmt: skip
     return statistics
 
@@ -237,7 +238,7 @@ def _out(call: _Call, h: Tensor, x: Tensor, out: Tensor) -> None:
 
 
 def _grn_sums(call: _Call, a: Tensor, dh: Tensor | None) -> Tensor:
-    """Σ a² of each image (1, N, D); with dh, and with u without its bias instead of a, also Σ dh·a and Σ dh: (3, N, D)."""
+    """Σ a² of each image (1, N, D). With dh, also Σ dh·a and Σ dh (3, N, D); a is then u without its bias."""
     images = call.rows // call.pixels
     sums = a.new_empty((1 if dh is None else 3, images, call.d), dtype=torch.float32)
     kernels._block_grn_sums_kernel[(images * -(-call.d // _GRN["BLOCK_D"]),)](
