@@ -14,9 +14,9 @@ LAST = (P - 1) // 64  # the last block of 64 rows; it has 3
 ROWS = range(LAST * 64, P)
 
 
-def touched(kernel: str, program: int, **arguments) -> dict[str, set[int]]:
+def touched(kernel: str, program: int, family: str = "norm_linear", **arguments) -> dict[str, set[int]]:
     """Elements that one program of the kernel loads from or stores to each of its arguments."""
-    kernel = getattr(runtime.launchers("norm_linear").kernels, f"_norm_linear_{kernel}_kernel")
+    kernel = getattr(runtime.launchers(family).kernels, f"_{family}_{kernel}_kernel")
     stand_ins = {name: torch.ones(1) for name in kernel.arg_names if name.endswith("_ptr")}
     with OneProgram(program) as guard:
         kernel[(1,)](**stand_ins, **arguments)
@@ -60,9 +60,12 @@ def normalise():
 
 
 def product():
-    found = touched("product", 2 * LAST + 1, P=P, length=C, C=C, D=D, HAS_BIAS=True, GELU=False, **BLOCK)
+    found = touched(
+        "product", 2 * LAST + 1, P=P, length=C, C=C, D=D, HAS_BIAS=True, HAS_FACTOR=True, GELU=False,
+        STORE_PRODUCT=True, **BLOCK,
+    )  # fmt: skip
     assert found["normed_ptr"] == elements(range(C), C)
-    assert found["y_ptr"] == elements(range(32, D), D)
+    assert found["y_ptr"] == found["product_ptr"] == elements(range(32, D), D)
     assert found["weight_ptr"] == set(range(32 * C, D * C))
 
 
