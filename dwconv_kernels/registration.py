@@ -32,7 +32,7 @@ def register_operator(
     backward: Callable,
     setup_context: Callable | None = None,
 ) -> Callable:
-    """Register ``torch.ops.dwconv_kernels.<name>`` and return what calls it, or ``implementation`` where that is enough.
+    """Register ``torch.ops.dwconv_kernels.<name>`` and return what calls it, or ``implementation`` where that will do.
 
     Calls through PyTorch's dispatcher take 30 µs more than calls of ``implementation``. Whoever follows calls there
     (compilers, exporters, dispatch modes, autograd) gets to see the operator; where nobody does, nothing is lost.
@@ -63,21 +63,28 @@ def register_operator(
     operator = getattr(namespace, name).default
 
     def call(*args):
-        return run(*args) if unobserved(args[0]) else operator(*args)
+        return run(*args) if unobserved(args) else operator(*args)
 
     return call
 
 
-def unobserved(x: Tensor) -> bool:
-    """Does nobody follow what is called with x now?"""
+def unobserved(args: Sequence) -> bool:
+    """Does nobody follow what is called with these arguments now, the first of which is a tensor?"""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and type(x) in _PLAIN
+        and type(args[0]) in _PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
+        and _pre_dispatch_modes() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
+        and not torch.autograd._profiler_enabled()
+        # Only the dispatcher carries out what PyTorch has put off: a minus sign.
+        and not any(isinstance(t, Tensor) and t.is_neg() for t in args)
     )
+
+
+_pre_dispatch_modes = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
 
 
 def needs_no_function() -> bool:
@@ -189,7 +196,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def signature(tensors: Sequence[Tensor | None], *settings) -> tuple | None:
     """All that decides whether a call with these tensors is right, and whether kernels take it; to look it up.
 
-    None where there is more to it: subclasses of tensors, sparse ones, compilers. What torch.func does is not part of it.
+    None where there is more to it: subclasses of tensors, sparse ones, compilers. What torch.func does is not in it.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None

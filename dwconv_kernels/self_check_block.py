@@ -1,7 +1,7 @@
 """The ConvNeXt blocks that :mod:`dwconv_kernels.self_check` runs, and what is checked of them.
 
-Symbols are those of ``block/README.md``. The convolution and layer norm + linear have checks of their own, to the bit; a
-block is held against PyTorch's operators, in float64 and, for what rounding may cost, in the same dtype, on the CPU.
+Symbols are those of ``block/README.md``. The convolution and layer norm + linear have checks of their own, to the bit;
+a block is held against PyTorch's operators, in float64 and, for what rounding may cost, in the same dtype, on the CPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from . import runtime, testing
-from .block.op import composition, convnext_block
-from .block.reference import Parameters
+from .block.op import Parameters, composition, convnext_block
 from .self_check_common import DTYPES, Launches, Recorder, Results, assert_same_bits, normal
 
 EPS = 1e-6
@@ -71,7 +70,8 @@ CASES = (
 def launches(case: Case, shape: Shape, device: str | torch.device) -> Launches:
     """Everything that both passes launch, the convolution's kernels included."""
     launch, recorder = runtime.launchers("block"), Recorder()
-    modules = launch, launch.depthwise, launch.norm_linear
+    common, backward = launch.launch_common, launch.launch_backward
+    modules = launch, common, backward, common.depthwise, launch.norm_linear
     tensors = [None if t is None else t.to(device) for t in _operands(case, shape, torch.zeros)]
     dtype = DTYPES[case.dtype]
     with contextlib.ExitStack() as stack:

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 FAMILIES = ("depthwise", "norm_linear", "block")
 OPTIONAL = {"kornia", "matplotlib", "mlxtend", "numpy", "PIL", "safetensors", "sklearn", "tqdm"}
 
+# (Of the reference, a launcher takes names of parameters and constants, and nothing that computes.)
+LAUNCH = {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluon", "config", "reference"}
 # What a module of a family may import besides the standard library; "torch" and "triton" are the packages.
 MAY_IMPORT = {
     "strips": {"triton", "primitives"},  # what the depthwise kernels share
@@ -23,15 +25,17 @@ MAY_IMPORT = {
     "kernels_gluon": {"triton", "primitives", "strips"},
     "config": {"devices"},
     "reference": {"torch", "dtypes"},
-    # (of the reference, a launcher takes names of parameters and constants, and nothing that computes)
-    "launch": {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluon", "config", "reference"},
+    "launch": {*LAUNCH, "launch_common", "launch_backward"},
+    "launch_common": LAUNCH,  # of the block, whose launchers are in three files
+    "launch_backward": {*LAUNCH, "launch_common"},
     "op": {"torch", "runtime", "registration", "dtypes", "reference"},
     "__init__": set(),
 }
 # The block is made of the other two: it alone may stand on another family.
 BLOCK_STANDS_ON = {
     "tiles": {"tiles"}, "kernels": {"tiles"}, "kernels_backward": {"tiles", "kernels_backward"},
-    "kernels_grn": {"tiles"}, "config": {"config"}, "launch": {"launch", "config"}, "reference": {"reference"},
+    "kernels_grn": {"tiles"}, "config": {"config"}, "launch": {"launch", "config"}, "launch_common": {"launch"},
+    "launch_backward": {"launch", "config"}, "reference": {"reference"},
     "op": {"op"},
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ MEMORY = ("default", "lean", "fast")
 # tensors, and looking at them takes longer than launching its kernels.
 _CHECKED = registration.Memo()
 _REASONS = registration.Memo()
+_UNKNOWN = object()
 
 # Every signature below is spelled in one order: x, nine tensors of Parameters, row_scale, the two of GRN.
 _TENSORS = (
@@ -213,9 +214,8 @@ def _why_not(x: Tensor, p: Parameters, row_scale: Tensor | None, signature: Hash
         return runtime.launchers("block").why_not(x, p, row_scale) if reason is None else reason
     if registration.transformed():
         return "a torch.func transform is active"
-    if signature in _REASONS:
-        return _REASONS[signature]
-    return _REASONS.remember(signature, _why_not(x, p, row_scale))
+    reason = _REASONS.get(signature, _UNKNOWN)  # one access: another thread may clear what it was in
+    return _REASONS.remember(signature, _why_not(x, p, row_scale)) if reason is _UNKNOWN else reason
 
 
 def _requires_grad(row_scale) -> bool:
@@ -324,7 +324,7 @@ def convnext_block(
     dtype = runtime.autocast_dtype(x) or x.dtype
     backend = "reference" if chosen == "torch" else chosen
     if registration.needs_no_function():  # nor is there a backward pass to keep anything for
-        if backend == "triton" and registration.unobserved(x):
+        if backend == "triton" and registration.unobserved(tensors):
             return runtime.launchers("block").block_inference(*tensors, eps, "lean", dtype)
         return _FORWARD(*tensors, eps, "lean", dtype, backend)[0]
     return ConvNeXtBlockFunction.apply(*tensors, eps, memory, dtype, backend)

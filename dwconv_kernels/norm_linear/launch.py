@@ -148,7 +148,7 @@ def product(
     without_bias: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> None:
-    """Fills y (P, D) with rows (P, C) times the transpose of the weight (D, C), both dense, plus the bias, through GELU.
+    """Fills y (P, D) with rows (P, C) times the transposed weight (D, C), both dense, plus the bias, through GELU.
 
     ``without_bias`` (P, D) is filled with the product alone; ``factor`` (1,) in fp32 is multiplied with it before.
     """

@@ -12,7 +12,7 @@ def test_rounding_the_residual_shows_and_is_reported(monkeypatch, capsys):
     assert residual.main(["--images", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     errors = [[float(cell.strip("% ")) for cell in line.split("|")[1:]] for line in lines[1:]]
-    assert len(errors) == 2 and all(len(row) == 2 for row in errors)
+    assert [len(row) for row in errors] == [2, 2]
     assert all(0 < without < 5 and with_it > 0.9 * without for without, with_it in zip(*errors, strict=True))
 
 

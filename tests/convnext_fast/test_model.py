@@ -369,4 +369,5 @@ def convnext_block_without_it(block):
 def test_half_residual_is_an_option_of_all_networks(build):
     model = build(half_residual=True, num_classes=3)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    assert blocks and all(block.half_residual for block in blocks)
+    assert blocks
+    assert all(block.half_residual for block in blocks)

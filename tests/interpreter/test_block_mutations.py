@@ -16,9 +16,12 @@ from tests.interpreter_guard import Guard
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
 
-TILES, FORWARD, BACKWARD, GRN, LAUNCH, CONFIG = OWN = [
-    f"block/{name}.py" for name in ("tiles", "kernels", "kernels_backward", "kernels_grn", "launch", "config")
-]
+TILES, FORWARD, BACKWARD, GRN, LAUNCH, LAUNCH_COMMON, LAUNCH_BACKWARD, CONFIG = OWN = [
+    f"block/{name}.py"
+    for name in (
+        "tiles", "kernels", "kernels_backward", "kernels_grn", "launch", "launch_common", "launch_backward", "config",
+    )
+]  # fmt: skip
 PACKAGE = Path(dwconv_kernels.__file__).parent
 # The block stands on the other families, whose launchers are called from its own.
 FILES = [
@@ -142,11 +145,11 @@ MISTAKES = [
             "fp16"),
     Mistake("power of two not taken back, hidden", BACKWARD,
             "    if BALANCED:\n        dh *= tl.load(unscale_ptr)\n", "", "fp16, hidden"),
-    Mistake("power of two not taken back, norm over an image", LAUNCH,
+    Mistake("power of two not taken back, norm over an image", LAUNCH_BACKWARD,
             "factor=unscale if self._balanced() else None", "factor=None", "norm over an image, fp16"),
     Mistake("ρ forgotten in d", BACKWARD, "d = tl.where(factors == 0.0, 0.0, d * factors)", "d = d", "fused"),
     Mistake("last rows skipped in Σ d", BACKWARD, "        sums += d\n", "        sums = d\n", "many rows"),
-    Mistake("d stored of the first rows only", LAUNCH, "rows.new_empty((-(-call.rows // part), call.c)",
+    Mistake("d stored of the first rows only", LAUNCH_BACKWARD, "rows.new_empty((-(-call.rows // part), call.c)",
             "rows.new_empty((max(1, call.rows // part), call.c)", "fused, 2 blocks of rows"),
     # Whole rows, backward
     Mistake("GELU instead of its derivative", BACKWARD, "            du = dh * gelu_derivative(u, dtype)\n",
@@ -207,24 +210,24 @@ MISTAKES = [
             "return rest // chunks, rest // chunks * BLOCK_P,", "norm over large images"),
     Mistake("bias among the sums of the norm over an image", GRN, "tl.sum(du * (product - t), 1)",
             "tl.sum(du * (u - t), 1)", "norm over an image, wide"),
-    Mistake("mean forgotten in the norm's gradient", LAUNCH,
+    Mistake("mean forgotten in the norm's gradient", LAUNCH_BACKWARD,
             "dnorm = t / mean - (t * norm).mean(-1, keepdim=True) / mean.square()", "dnorm = t / mean",
             "norm over an image, rounding"),
-    Mistake("kept u overwritten", LAUNCH, "            u.copy_(self.u.view_as(u))  #",
+    Mistake("kept u overwritten", LAUNCH_BACKWARD, "            u.copy_(self.u.view_as(u))  #",
             "            u = self.u.view_as(u)  #", "second backward pass"),
     # Launches
-    Mistake("dout not added to dx", LAUNCH, "padding, dx, residual=dout)", "padding, dx)", "fused"),
-    Mistake("statistics not made again", LAUNCH, "None, None, mean, rstd, eps, None, None)",
+    Mistake("dout not added to dx", LAUNCH_BACKWARD, "padding, dx, residual=dout)", "padding, dx)", "fused"),
+    Mistake("statistics not made again", LAUNCH_BACKWARD, "None, None, mean, rstd, eps, None, None)",
             "None, None, mean, rstd, eps + 1, None, None)", "lean"),
-    Mistake("x rounded to what is computed in", LAUNCH, "_tail(call, _rows(x), y,",
-            "_tail(call, _rows(x.to(dtype).to(x.dtype)), y,", "rounding in autocast"),
+    Mistake("x rounded to what is computed in", LAUNCH, "_tail(call, as_rows(x), y,",
+            "_tail(call, as_rows(x.to(dtype).to(x.dtype)), y,", "rounding in autocast"),
     Mistake("out left as it was where it is not channels_last", LAUNCH, "            out.copy_(result)\n",
             "            pass\n", "contiguous"),
-    Mistake("maps taken to be channels_last", LAUNCH,
+    Mistake("maps taken to be channels_last", LAUNCH_COMMON,
             "return x.permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1])",
             "return x.contiguous().view(-1, x.shape[1])", "contiguous"),
-    Mistake("parameters taken to have no gaps", LAUNCH, "None if t is None else t.contiguous() for t in p",
-            "t for t in p", "slices"),
+    Mistake("parameters taken to have no gaps", LAUNCH_COMMON,
+            "None if t is None else t.contiguous() for t in p", "t for t in p", "slices"),
     # Offsets
     *(Mistake(f"int32 offsets: {what}", *widened, f"addresses: {what}", everywhere=True)
       for what, widened in addresses.WIDENED.items()),
