@@ -81,7 +81,10 @@ def _autocast(x: Tensor) -> bool:
     """Does autocast round what a linear layer makes of x?"""
     if isinstance(x, torch.fx.Proxy):  # symbolic tracing has no devices to look at
         return False
-    return x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return False
+    return x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
 
 
 class Block(nn.Module):
@@ -100,7 +103,8 @@ class Block(nn.Module):
         memory: what the operator saves for the backward pass, see :func:`dk.convnext_block`. Children that are called
             one after another save what PyTorch saves, whatever this is.
         half_residual: under autocast, keep x in autocast's dtype from block to block, where else a layer scale in fp32
-            makes it fp32 and twice the memory; see :class:`convnext_fast.ConvNeXt` for what that costs.
+            makes it fp32 and twice the memory; see :class:`convnext_fast.ConvNeXt` for what that costs. torch.fx does not
+            trace it.
 
     Raises:
         ValueError: an argument is not one of the allowed.

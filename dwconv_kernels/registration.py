@@ -12,6 +12,7 @@ torch.compile, export, checkpointing and opcheck all understand. Two nets hang b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -74,6 +75,7 @@ def unobserved(args: Sequence) -> bool:
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(args[0]) in _PLAIN
+        and torch._C._dispatch_keys(args[0]).raw_repr() in _plain_keys(args[0].device.type)
         and torch._C._len_torch_dispatch_stack() == 0
         and _pre_dispatch_modes() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -82,6 +84,15 @@ def unobserved(args: Sequence) -> bool:
         # Only the dispatcher carries out what PyTorch has put off: a minus sign.
         and not any(isinstance(t, Tensor) and t.is_neg() for t in args)
     )
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> tuple[int, ...]:
+    """What the dispatcher sees of tensors that are nothing but their values: not batched, negated or functional."""
+    x = torch.empty(0, device=device_type)
+    with torch.inference_mode():
+        y = torch.empty(0, device=device_type)
+    return torch._C._dispatch_keys(x).raw_repr(), torch._C._dispatch_keys(y).raw_repr()
 
 
 _pre_dispatch_modes = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)

@@ -18,7 +18,7 @@ from .kernels_backward import (
     _block_scaled_kernel,
 )
 from .kernels_grn import _block_grn_apply_kernel, _block_grn_bwd_kernel, _block_grn_sums_kernel
-from .tiles import _hidden, _normed_rows, _row_factors, _store_out
+from .tiles import _all_dropped, _hidden, _normed_rows, _row_factors, _store_out
 
 __all__ = [
     "_block_bwd_finish_kernel", "_block_bwd_gradient_kernel", "_block_bwd_hidden_kernel", "_block_bwd_rows_kernel",
@@ -58,7 +58,7 @@ def _block_fwd_kernel(
         n1 = N0 + tl.arange(0, N1)
         sums1 = tl.zeros((BLOCK_P, N1), tl.float32)
     # Nothing to do where all of these rows are of images whose branch is dropped.
-    end = tl.where(tl.max(tl.abs(factors), 0) == 0.0, 0, length)
+    end = tl.where(_all_dropped(factors), 0, length)
     if AHEAD:
         u = _hidden(normed0, normed1, fc1_ptr, fc1_bias_ptr, k, C, D, HAS_FC1_BIAS, K0, K1, BLOCK_P, BLOCK_D)
     for start in range(0, end, BLOCK_D):
@@ -171,7 +171,7 @@ def _block_out_kernel(
     branch = _product(
         h_ptr + row.to(tl.int64) * D, p[:, None] * D, mask_p[:, None], 1,
         fc2_ptr, c[None, :] * D, (c < C)[None, :], 1,
-        tl.where(tl.max(tl.abs(factors), 0) == 0.0, 0, length), D,
+        tl.where(_all_dropped(factors), 0, length), D,
         BLOCK_P, BLOCK_C, BLOCK_D, D % BLOCK_D == 0, PRECISION,
     )  # fmt: skip
     base = row.to(tl.int64) * C

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..norm_linear.kernels_backward import _sum_of_parts
 from ..norm_linear.tiles import _halves, _matrix, _standardised, _tile, _vector
 from ..primitives import gelu, gelu_derivative
-from .tiles import _affine, _row_factors
+from .tiles import _affine, _all_dropped, _row_factors
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _block_bwd_rows_kernel(
     du_ptr += row.to(tl.int64) * D
     partials_ptr += tl.program_id(0).to(tl.int64) * D
     factors = _row_factors(row_scale_ptr, row, p, mask_p, pixels, HAS_ROW_SCALE)
-    if not HAS_ROW_SCALE or tl.max(tl.abs(factors), 0) != 0.0:
+    if not HAS_ROW_SCALE or _all_dropped(factors) == 0:
         mean = tl.load(mean_ptr + row + p, mask=mask_p, other=0.0)
         rstd = tl.load(rstd_ptr + row + p, mask=mask_p, other=0.0)
         dtype: tl.constexpr = fc1_ptr.dtype.element_ty
@@ -251,7 +251,7 @@ def _block_bwd_hidden_kernel(
     p, k, q = tl.arange(0, BLOCK_P), tile * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     mask_p, mask_k = (row + p < P)[:, None], (k < D)[None, :]
     factors = _row_factors(row_scale_ptr, row, p, row + p < P, pixels, HAS_ROW_SCALE)
-    end = tl.where(tl.max(tl.abs(factors), 0) == 0.0, 0, length)
+    end = tl.where(_all_dropped(factors), 0, length)
     rows, columns = p[:, None] * C + q[None, :], k[None, :] * C + q[:, None]
     normed_ptr += row.to(tl.int64) * C
     d_ptr += row.to(tl.int64) * C

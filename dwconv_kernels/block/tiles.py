@@ -75,6 +75,12 @@ def _row_factors(row_scale_ptr, row, p, mask_p, pixels, HAS_ROW_SCALE: tl.conste
 
 
 @triton.jit
+def _all_dropped(factors):
+    """Are all of these rows of images whose branch is dropped? A NaN is not 0, and on a GPU no largest one either."""
+    return tl.sum((factors != 0.0).to(tl.int32), 0) == 0
+
+
+@triton.jit
 def _store_out(
     branch, factors, fc2_bias_ptr, layer_scale_ptr, x_ptr, out_ptr, p, c, mask_p, dtype: tl.constexpr, C: tl.constexpr,
     HAS_FC2_BIAS: tl.constexpr, HAS_LAYER_SCALE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, WHOLE: tl.constexpr,

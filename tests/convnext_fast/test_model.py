@@ -371,3 +371,8 @@ def test_half_residual_is_an_option_of_all_networks(build):
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     assert blocks
     assert all(block.half_residual for block in blocks)
+
+
+def test_half_residual_on_the_meta_device():
+    block = Block(8, half_residual=True, device="meta")
+    assert block(torch.empty(1, 8, 5, 5, device="meta")).shape == (1, 8, 5, 5)

@@ -91,3 +91,15 @@ def test_a_wrong_call_is_refused_after_a_right_one():
     except TypeError:
         return
     raise AssertionError("let through once autocast is over")
+
+
+def test_batched_gradients_get_what_can_do_them():
+    """Of is_grads_batched and jacobian(vectorize=True), tensors look plain, and have no memory of their own."""
+    tensors = block_operands((1, 3, 4, 4), (3, 3), 5)
+    leaves = [t if t is None else t.requires_grad_() for t in tensors]
+    with dk.backend("reference"):
+        y = dk.convnext_block(*leaves)
+    douts = torch.randn(2, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    (batched,) = torch.autograd.grad(y, leaves[5], douts, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, leaves[5], dout, retain_graph=True)[0] for dout in douts]
+    torch.testing.assert_close(batched, torch.stack(one_by_one))

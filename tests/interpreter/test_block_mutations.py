@@ -174,8 +174,8 @@ MISTAKES = [
             "tl.store(partials_ptr + k, tl.sum(dh, 0), mask=k < D)", "fused"),
     # Hidden channels, backward
     Mistake("u of dropped rows not zero", BACKWARD,
-            "end = tl.where(tl.max(tl.abs(factors), 0) == 0.0, 0, length)\n    rows, columns",
-            "end = tl.where(tl.max(tl.abs(factors), 0) != 0.0, 0, length)\n    rows, columns", "two kernels"),
+            "end = tl.where(_all_dropped(factors), 0, length)\n    rows, columns",
+            "end = tl.where(_all_dropped(factors), length, 0)\n    rows, columns", "two kernels"),
     Mistake("last channels beside a step", BACKWARD, "inside_a = mask_p if WHOLE_C else",
             "inside_a = mask_p if True else", "wide"),
     Mistake("left half's columns in the right one", BACKWARD, "u_right, dh_right, k + HALF,",
