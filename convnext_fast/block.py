@@ -103,8 +103,8 @@ class Block(nn.Module):
         memory: what the operator saves for the backward pass, see :func:`dk.convnext_block`. Children that are called
             one after another save what PyTorch saves, whatever this is.
         half_residual: under autocast, keep x in autocast's dtype from block to block, where else a layer scale in fp32
-            makes it fp32 and twice the memory; see :class:`convnext_fast.ConvNeXt` for what that costs. torch.fx does not
-            trace it.
+            makes it fp32 and twice the memory; see :class:`convnext_fast.ConvNeXt` for what that costs.
+            torch.fx does not trace it.
 
     Raises:
         ValueError: an argument is not one of the allowed.

@@ -117,8 +117,8 @@ class ConvNeXt(_Classifier):
         half_residual: under autocast, keep the maps between blocks in autocast's dtype. Without it, the fp32 layer
             scale of V1 makes them fp32, as in the original network. It halves the memory of what blocks hand on, and
             rounds the sum of the branches once per block: in bf16, the error of ConvNeXt-T's logits grows from 0.47 to
-            0.57 percent, that of its gradients from 1.07 to 1.34 (``python -m benchmarks.residual``). Not for fp16, where
-            layer scales below 6e-5, as they begin, and their gradients lose digits.
+            0.57 percent, that of its gradients from 1.07 to 1.34 (``python -m benchmarks.residual``).
+            Not for fp16, where layer scales below 6e-5, as they begin, and their gradients lose digits.
         device, dtype: of the parameters.
 
     Images of any size from ``model.reduction`` pixels up are allowed.
