@@ -75,12 +75,12 @@ def unobserved(args: Sequence) -> bool:
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(args[0]) in _PLAIN
-        and torch._C._dispatch_keys(args[0]).raw_repr() in _plain_keys(args[0].device.type)
         and torch._C._len_torch_dispatch_stack() == 0
         and _pre_dispatch_modes() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
         and not torch.autograd._profiler_enabled()
+        and torch._C._dispatch_keys(args[0]).raw_repr() in _plain_keys(args[0].device.type)
         # Only the dispatcher carries out what PyTorch has put off: a minus sign.
         and not any(isinstance(t, Tensor) and t.is_neg() for t in args)
     )

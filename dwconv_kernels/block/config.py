@@ -68,10 +68,11 @@ def resident(dtype: str, c: int, d: int, arch: int, rows: int) -> Tile | None:
         return None
     if rows < 4 * ROWS_PER_BLOCK * multiprocessors(arch):
         return None
-    if d % 128 == 0:
-        return Tile(ROWS_PER_BLOCK, 128, 0, warps=8, stages=1)
-    # With 64 hidden channels, sums of two blocks are alive at the same time: of wider rows, registers spill.
-    return Tile(ROWS_PER_BLOCK, 64, 0, warps=8, stages=1) if c <= 64 else None
+    # Of wider rows than 64, registers spill, but for 96 in blocks of 128 hidden channels: with 64, sums of two blocks are
+    # alive at the same time, and where the second tile of channels is not full, its masks are.
+    if c > 64 and (c != 96 or d % 128 != 0):
+        return None
+    return Tile(ROWS_PER_BLOCK, 128 if d % 128 == 0 else 64, 0, warps=8, stages=1)
 
 
 @cache
