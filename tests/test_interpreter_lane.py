@@ -32,7 +32,7 @@ def test_interpreter(request):
         pytest.skip(reason)
     lane = request.config.stash.get(LANE, None) or Lane(FOLDER)  # in a worker of xdist, it begins now
     try:
-        lane.wait(seconds=1200, at_least=400)
+        lane.wait(seconds=1200, at_least=1200)
     finally:
         lane.stop()
 

@@ -170,8 +170,8 @@ MISTAKES = [
             "tl.store(dw_ptr + offs, dw.to(weight_ptr.dtype.element_ty).to(", "autocast"),
     Mistake("db rounded to what is computed in", BACKWARD, "tl.store(db_ptr + k, db.to(",
             "tl.store(db_ptr + k, db.to(weight_ptr.dtype.element_ty).to(", "autocast"),
-    Mistake("x rounded to what is computed in", LAUNCH, "rows, weight = _rows(x), _dense(weight, dtype)",
-            "rows, weight = _rows(x.to(dtype).to(x.dtype)), _dense(weight, dtype)", "rounding in autocast"),
+    Mistake("x rounded to what is computed in", LAUNCH, "rows, weight = as_rows(x), dense(weight, dtype)",
+            "rows, weight = as_rows(x.to(dtype).to(x.dtype)), dense(weight, dtype)", "rounding in autocast"),
     # Offsets
     *(Mistake(f"int32 offsets: {what}", file, ".to(tl.int64)", "", f"addresses: {what}", everywhere=True)
       for what, file in addresses.FILES.items()),
