@@ -68,8 +68,8 @@ def resident(dtype: str, c: int, d: int, arch: int, rows: int) -> Tile | None:
         return None
     if rows < 4 * ROWS_PER_BLOCK * multiprocessors(arch):
         return None
-    # Of wider rows than 64, registers spill, but for 96 in blocks of 128 hidden channels: with 64, sums of two blocks are
-    # alive at the same time, and where the second tile of channels is not full, its masks are.
+    # Of wider rows than 64, registers spill, but for 96 in blocks of 128 hidden channels: with 64, sums of two blocks
+    # are alive at the same time, and where the second tile of channels is not full, its masks are.
     if c > 64 and (c != 96 or d % 128 != 0):
         return None
     return Tile(ROWS_PER_BLOCK, 128 if d % 128 == 0 else 64, 0, warps=8, stages=1)
