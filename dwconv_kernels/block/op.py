@@ -310,6 +310,11 @@ def convnext_block(
         if registration.overridden(tensors):
             return composition(*_unpack(tensors), eps)
         return handle_torch_function(convnext_block, tensors, *tensors, eps=eps, memory=memory)
+    return _run(tensors, eps, memory)
+
+
+def _run(tensors: tuple[Tensor | None, ...], eps: float, memory: str) -> Tensor:
+    """:func:`convnext_block`, checked, on the backend in force."""
     x, p, row_scale = _unpack(tensors)
     known = type(eps) is float and type(memory) is str  # else they may not even be hashable
     signature = registration.signature(tensors, eps, memory, _requires_grad(row_scale)) if known else None
