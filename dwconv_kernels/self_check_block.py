@@ -102,7 +102,7 @@ def configuration(case: Case, shape: Shape, device: str | torch.device) -> str:
 
 _REASONS = {
     "fwd": "the whole tail: up to 192 channels, in half types, rows and their sums stay on chip",
-    "fwd_resident": "the whole tail, with both weights in shared memory: up to 96 channels, of many rows",
+    "fwd_resident": "the whole tail, with both weights in shared memory: up to 64 channels, and 96, of many rows",
     "out": "h·W2ᵀ, layer scale and residual, where h is made before",
     "bwd_rows": "dy, h and du of a block of rows: u and dh never leave the chip",
     "bwd_hidden": "h and du of a block of rows and hidden channels, where the rows' sums are too many for one program",

@@ -57,6 +57,11 @@ class Call(NamedTuple):
 
 
 def call_of(x: Tensor, p: Parameters, row_scale: Tensor | None, dtype: torch.dtype) -> Call:
+    """The call of a block with x (N, C, H, W), its parameters without gaps.
+
+    Raises:
+        ValueError: the kernels do not take it, with the reason.
+    """
     n, c, h, w = x.shape
     sizes = x.shape, p.dw_weight.shape, p.fc1_weight.shape, x.dtype, dtype
     if sizes not in _TAKEN:  # for callers of the raw operators; the public function has asked why_not before
@@ -131,6 +136,7 @@ def grn_scales(call: Call, squares: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def grn_launch(call: Call, kernel, *arguments, **constants) -> None:
+    """Launches ``kernel`` over blocks of pixels of each image, and of hidden channels."""
     images, blocks = call.rows // call.pixels, -(-call.d // GRN["BLOCK_D"])
     grid = (images * -(-call.pixels // GRN["BLOCK_P"]) * blocks,)
     kernel[grid](*arguments, D=call.d, **constants, **GRN, **SMALL)
