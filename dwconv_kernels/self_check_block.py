@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import runtime, testing
 from .block.op import Parameters, composition, convnext_block
-from .self_check_common import DTYPES, Launches, Recorder, Results, assert_same_bits, normal
+from .self_check_common import DTYPES, Launches, Recorder, Results, assert_same_bits, block_sizes, listed, normal
 
 EPS = 1e-6
 Shape = tuple[int, int, int, int, int]
@@ -88,16 +88,11 @@ def _named(kernel: str) -> str:
 
 def configuration(case: Case, shape: Shape, device: str | torch.device) -> str:
     """The kernels of the tail, each with its block of rows, hidden channels and channels, as far as it has them."""
-    try:
-        launched = launches(case, shape, device)
-    except Exception as error:  # what is wrong is what the checks say
-        return f"none: {type(error).__name__}"
-    texts = {}
-    for kernel, constants in launched:
-        if _named(kernel) in _REASONS:
-            sizes = [constants[f"BLOCK_{name}"] for name in "PDC" if f"BLOCK_{name}" in constants]
-            texts[f"{_named(kernel)} {'×'.join(map(str, sizes))}"] = None
-    return ", ".join(texts)
+
+    def text(kernel: str, constants: dict[str, object]) -> str | None:
+        return f"{_named(kernel)} {'×'.join(map(str, block_sizes(constants)))}" if _named(kernel) in _REASONS else None
+
+    return listed(lambda: launches(case, shape, device), text)
 
 
 _REASONS = {

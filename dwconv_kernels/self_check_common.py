@@ -39,6 +39,21 @@ class Recorder:
         return _Kernel(name, self.launches)
 
 
+def block_sizes(constants: dict[str, object]) -> list[object]:
+    """A launch's block of rows, outputs and channels, as far as it has them."""
+    return [constants[f"BLOCK_{name}"] for name in "PDC" if f"BLOCK_{name}" in constants]
+
+
+def listed(launches: Callable[[], Launches], text: Callable[[str, dict[str, object]], str | None]) -> str:
+    """What ``text`` says of each launch, once each; not of those of which it says None."""
+    try:
+        launched = launches()
+    except Exception as error:  # what is wrong is what the checks say
+        return f"none: {type(error).__name__}"
+    texts = dict.fromkeys(text(kernel, constants) for kernel, constants in launched)
+    return ", ".join(one for one in texts if one is not None)
+
+
 def normal(seed: int) -> Callable[[Sequence[int]], Tensor]:
     """Makes tensors of normal values of a shape."""
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import runtime, testing
 from .norm_linear.op import layer_norm_linear
-from .self_check_common import DTYPES, Launches, Recorder, Results, assert_same_bits, normal
+from .self_check_common import DTYPES, Launches, Recorder, Results, assert_same_bits, block_sizes, listed, normal
 from .self_check_norm_linear_bounds import Operands, bounds, by_formula, terms, underflow
 
 EPS = 1e-6
@@ -91,18 +91,16 @@ def _named(kernel: str) -> str:
 
 def configuration(case: Case, shape: Shape, device: str | torch.device) -> str:
     """The kernels, each with its block of rows, outputs and channels, as far as it has them."""
-    try:
-        launched = launches(case, shape, device)
-    except Exception as error:  # what is wrong is what the checks say
-        return f"none: {type(error).__name__}"
-    texts = {}
-    for kernel, constants in launched:
-        if _named(kernel) not in _SMALL:
-            sizes = [constants[f"BLOCK_{name}"] for name in "PDC" if f"BLOCK_{name}" in constants]
-            if "C0" in constants:
-                sizes += [f"({constants['C0']}+{constants['C1']})" if constants["C1"] else constants["C0"]]
-            texts[f"{_named(kernel)} {'×'.join(map(str, sizes))}"] = None
-    return ", ".join(texts)
+
+    def text(kernel: str, constants: dict[str, object]) -> str | None:
+        if _named(kernel) in _SMALL:
+            return None
+        sizes = block_sizes(constants)
+        if "C0" in constants:
+            sizes += [f"({constants['C0']}+{constants['C1']})" if constants["C1"] else constants["C0"]]
+        return f"{_named(kernel)} {'×'.join(map(str, sizes))}"
+
+    return listed(lambda: launches(case, shape, device), text)
 
 
 _SMALL = ("vectors", "column_sum", "finish", "norm_sum")  # kernels whose blocks are always the same
