@@ -59,7 +59,7 @@ class GRN(nn.Module):
 
         DistributedDataParallel compares those literally, and channels_last changes the ones of γ (1, 1, 1, C).
         """
-        return _as_vector(self.gamma), _as_vector(self.beta)
+        return as_vector(self.gamma), as_vector(self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
         gamma, beta = self.vectors()
@@ -68,16 +68,31 @@ class GRN(nn.Module):
         return gamma * (x * norm) + beta + x
 
 
-def _as_vector(parameter: Tensor) -> Tensor:
-    """(1, 1, 1, C) as (C,). The backward of a squeeze writes the stride of the dimension that it brings back."""
-    if isinstance(parameter, torch.fx.Proxy):  # symbolic tracing has no strides to look at
+def as_vector(parameter: Tensor) -> Tensor:
+    """(C,), (C, 1, 1) or (1, 1, 1, C) as (C,).
+
+    The backward of a squeeze writes the stride of the dimension that it brings back.
+    """
+    if isinstance(parameter, torch.fx.Proxy) or parameter.ndim < 4:  # symbolic tracing has no strides to look at
         return parameter.flatten()
     if parameter.stride(1) == 1:  # channels_last, (C, 1, C, 1)
         return parameter.permute(0, 2, 3, 1).squeeze(-1).flatten()
     return parameter.squeeze(1).flatten()
 
 
-def _autocast(x: Tensor) -> bool:
+def fits_a_block(conv: nn.Conv2d) -> bool:
+    """Is this the depthwise convolution of a block: as many channels and pixels as before, zeros around the map?"""
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.padding_mode == "zeros"
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.kernel_size[0] % 2 == conv.kernel_size[1] % 2 == 1
+        and conv.padding in ((conv.kernel_size[0] // 2, conv.kernel_size[1] // 2), "same")
+    )
+
+
+def under_autocast(x: Tensor) -> bool:
     """Does autocast round what a linear layer makes of x?"""
     if isinstance(x, torch.fx.Proxy):  # symbolic tracing has no devices to look at
         return False
@@ -147,7 +162,7 @@ class Block(nn.Module):
         self.memory, self.half_residual = memory, half_residual
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.half_residual and _autocast(x):
+        if self.half_residual and under_autocast(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not (self._children_are_plain() and self._dtypes_agree(x)):
             return x + self.drop_path(self._branch(x))
@@ -180,7 +195,7 @@ class Block(nn.Module):
 
     def _layer_scale(self, x: Tensor) -> Tensor | None:
         """γ, in the dtype of x where that is to be the dtype of the result."""
-        cast = self.gamma is not None and self.half_residual and _autocast(x)
+        cast = self.gamma is not None and self.half_residual and under_autocast(x)
         return self.gamma.to(x.dtype) if cast else self.gamma
 
     def _dtypes_agree(self, x: Tensor) -> bool:
@@ -192,12 +207,7 @@ class Block(nn.Module):
         conv = self.dwconv
         return (
             dk.is_plain(conv, dk.DepthwiseConv2d, nn.Conv2d)
-            and conv.groups == conv.in_channels == conv.out_channels
-            and conv.padding_mode == "zeros"
-            and conv.stride == (1, 1)
-            and conv.dilation == (1, 1)
-            and conv.kernel_size[0] % 2 == conv.kernel_size[1] % 2 == 1
-            and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+            and fits_a_block(conv)
             and dk.is_plain(self.norm, nn.LayerNorm)
             and dk.is_plain(self.pwconv1, nn.Linear)
             and dk.is_plain(self.act, nn.GELU)

@@ -6,10 +6,10 @@ documentation names. ``supports`` says whether a call runs on the kernels, ``bac
 
 from ._version import __version__
 from .block.op import MEMORY, convnext_block
-from .depthwise.op import depthwise_conv2d
+from .depthwise.op import depthwise_conv2d, depthwise_kernels_take
 from .modules import DepthwiseConv2d, LayerNormLinear, dtypes_agree, is_plain
 from .norm_linear.op import layer_norm_linear
-from .runtime import backend, current_backend, kernel_status, strict, supports
+from .runtime import backend, current_backend, engages, kernel_status, strict, supports
 
 __all__ = [
     "MEMORY",
@@ -20,7 +20,9 @@ __all__ = [
     "convnext_block",
     "current_backend",
     "depthwise_conv2d",
+    "depthwise_kernels_take",
     "dtypes_agree",
+    "engages",
     "is_plain",
     "kernel_status",
     "layer_norm_linear",

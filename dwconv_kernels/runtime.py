@@ -344,6 +344,22 @@ def exporting() -> bool:
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
+def engages(x: Tensor) -> bool:
+    """Can an operator of this package do something else with x than PyTorch's own operators do, and is it to?
+
+    Cheap, for modules that have a forward of their own to fall back to. True under every backend that somebody asked
+    for; under ``auto`` for floating-point tensors on a GPU that kernels run on. Never while exporting or tracing, nor
+    for proxies of torch.fx.
+    """
+    if not isinstance(x, Tensor) or exporting():
+        return False
+    if _backend != "auto":
+        return True
+    if not x.is_cuda or INTERPRETER or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    return _why_not_triton() is None and _why_not_cuda(x.device.index if x.device.index is not None else -1) is None
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast would have a convolution or a linear layer of x compute; None where it is off."""
     device = x.device.type

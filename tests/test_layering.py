@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "launch": {*LAUNCH, "launch_common", "launch_backward"},
     "launch_common": LAUNCH,  # of the block, whose launchers are in three files
     "launch_backward": {*LAUNCH, "launch_common"},
-    "op": {"torch", "runtime", "registration", "dtypes", "reference"},
+    "op": {"torch", "runtime", "registration", "dtypes", "config", "reference"},
     "__init__": set(),
 }
 # The block is made of the other two: it alone may stand on another family.
@@ -46,8 +46,9 @@ DWCONV_KERNELS = [
     "self_check_block", "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
-    "block", "model", "dialects", "atomic_files", "checkpoint_files", "checkpoint", "pretrained", "zoo", "accelerate",
-    "backbone", "__init__", "backend_in_use", "distributed", "run_folder", "data", "folder_listing", "train",
+    "backend_in_use", "block", "class_swap", "block_dialects", "accelerate", "model", "dialects", "atomic_files",
+    "checkpoint_files", "checkpoint", "pretrained", "zoo", "backbone", "timm_registry", "mmengine_registry",
+    "__init__", "distributed", "run_folder", "data", "folder_listing", "train",
     "image_folder", "classify", "demo", "cli", "__main__",
 ]  # fmt: skip
 

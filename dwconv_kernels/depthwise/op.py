@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import registration, runtime
-from . import reference
+from . import config, reference
 from .reference import output_size
 
 Pair = tuple[int, int]
@@ -180,8 +180,33 @@ def _why_not(x, weight, bias, stride, padding, dilation, more) -> str | None:
     if reason is not None:
         return reason
     if more is not None:
-        return f"a kernel of even size ({tuple(weight.shape[2:])}) with padding='same' is padded unevenly"
+        return _uneven(tuple(weight.shape[2:]))
     return runtime.launchers("depthwise").why_not(x, weight, stride, padding, dilation)
+
+
+def depthwise_kernels_take(
+    kernel_size: int | Pair, stride: int | Pair = 1, padding: int | Pair | str = 0, dilation: int | Pair = 1
+) -> tuple[bool, str]:
+    """Are there kernels for such depthwise convolutions, on some GPU? ``(True, "")``, or ``(False, reason)``.
+
+    Before there is an input: :func:`supports` says more, of one call on one device.
+
+    Raises:
+        ValueError, TypeError: an argument is not one that :func:`depthwise_conv2d` allows.
+    """
+    kernel = _pair("kernel_size", kernel_size, 1)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if padding == "same":
+        padding, more = _same_padding(kernel, stride, dilation)
+        if any(more):
+            return False, _uneven(kernel)
+    padding = (0, 0) if padding == "valid" else _pair("padding", padding, 0)
+    reason = config.why_not(config.DTYPES[0], *kernel, stride, padding, dilation)
+    return reason is None, reason or ""
+
+
+def _uneven(kernel: Pair) -> str:
+    return f"a kernel of even size ({kernel}) with padding='same' is padded unevenly"
 
 
 def is_empty(x: Tensor) -> bool:
