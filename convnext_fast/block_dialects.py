@@ -193,11 +193,9 @@ def _unlike_parts(block: nn.Module, dialect: BlockDialect) -> str | None:
     if stranger is not None:
         return f"its child {stranger} ({class_name(block.get_submodule(stranger))}) has no part in a ConvNeXt block"
     conv, norm = part(block, dialect.conv), part(block, dialect.norm)
-    if not isinstance(conv, nn.Conv2d) or not fits_a_block(conv):
-        return (
-            f"{'.'.join(dialect.conv)} is {conv!r}; a depthwise one that keeps the size (odd kernel, stride 1, "
-            f"dilation 1, padded with zeros) is allowed"
-        )
+    reason = _unlike_convolution(conv)
+    if reason is not None:
+        return f"{'.'.join(dialect.conv)}: {reason}"
     if not _is_layer_norm(norm, conv.in_channels):
         return f"{'.'.join(dialect.norm)} is {class_name(norm)}; a layer norm over the channels is allowed"
     for path in (dialect.fc1, dialect.fc2):
@@ -214,6 +212,16 @@ def _unlike_parts(block: nn.Module, dialect: BlockDialect) -> str | None:
     if drop_path is not None and not isinstance(drop_path, nn.Identity) and not _drops_rows(drop_path):
         return f"{'.'.join(dialect.drop_path)} is {class_name(drop_path)}, which does not drop whole images"
     return None
+
+
+def _unlike_convolution(conv: nn.Module) -> str | None:
+    if not isinstance(conv, nn.Conv2d):
+        return f"it is {class_name(conv)}; nn.Conv2d is allowed"
+    taken, reason = dk.depthwise_kernels_take(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    if not taken:
+        return reason
+    allowed = "a depthwise one that keeps the size, padded with zeros, is allowed"
+    return None if fits_a_block(conv) else f"it is {conv!r}; {allowed}"
 
 
 def _stranger(block: nn.Module, dialect: BlockDialect) -> str | None:

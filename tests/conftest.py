@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests import openmmlab_shim, torchvision_shim
 from tests.interpreter_lane import Lane
-from tests.torchvision_shim import install
 
-install()
+torchvision_shim.install()
+openmmlab_shim.install()
 
 
 def _is_lane(item) -> bool:

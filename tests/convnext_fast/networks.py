@@ -128,7 +128,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = torch.rand(parameter.shape, generator=generator)
             # Weights keep the signal's size; vectors, layer scale (C, 1, 1) and GRN (1, 1, 1, 4C) are U(0.5, 1.5).
             parameter.copy_((noise - 0.5) * (12 / fan_in) ** 0.5 if fan_in else noise + 0.5)
-    return model.eval()
+    model.eval()  # of mmpretrain's, it returns None
+    return model
 
 
 def images(n: int = 2, height: int = 61, width: int = 75, channels: int = 3) -> Tensor:
