@@ -32,7 +32,7 @@ class _Block(Swapped):
     """A ConvNeXt block on :func:`dk.convnext_block`."""
 
     dialect: BlockDialect
-    kinds: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]  # of each part, the classes that it may have
+    kinds: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]  # the class of each part but the convolution, if any
     memory: str
 
     def forward(self, *args, **kwargs):
@@ -41,6 +41,9 @@ class _Block(Swapped):
             if _why_not_block(self) is None and dtypes_agree(self, self.dialect, x):
                 return run_block(self, self.dialect, x, self.memory)
         return self._original.forward(self, *args, **kwargs)
+
+
+_CONV_KINDS = (*both(nn.Conv2d, _Conv2d), dk.DepthwiseConv2d)
 
 
 def _why_not_conv(conv: nn.Conv2d) -> str | None:
@@ -52,7 +55,7 @@ def _why_not_conv(conv: nn.Conv2d) -> str | None:
 
 def _why_not_block(block: nn.Module) -> str | None:
     """Why a swapped block calls its children one after another for now; None where it does not."""
-    for path, kinds in block.kinds:
+    for path, kinds in ((block.dialect.conv, _CONV_KINDS), *block.kinds):
         module = part(block, path)
         if module is None:
             if kinds:
@@ -233,25 +236,16 @@ def _swap_block(block: nn.Module, memory: str) -> str | None:
         return reason  # None of the latter: it was swapped before its class was derived from
     dialect = dialect_of(block)
     reason = unlike(block, dialect)
-    if reason is not None:
-        return reason
+    if reason is not None:  # a block that was swapped before stays so, and calls its children for as long as it has to
+        return None if is_swapped(block) else reason
     conv = part(block, dialect.conv)
-    if type(conv) not in (*both(nn.Conv2d, _Conv2d), dk.DepthwiseConv2d):
+    if type(conv) not in _CONV_KINDS:
         return f"{'.'.join(dialect.conv)} is {class_name(conv)}; nn.Conv2d is allowed"
     _swap_conv(conv)
-    swap(block, _Block, dialect=dialect, kinds=_kinds(block, dialect), memory=memory)
+    parts = ((path, part(block, path)) for path in dialect.known() if path != dialect.conv)
+    kinds = tuple((path, () if module is None else (type(module),)) for path, module in parts)
+    swap(block, _Block, dialect=dialect, kinds=kinds, memory=memory)
     return None
-
-
-def _kinds(block: nn.Module, dialect: BlockDialect) -> tuple:
-    kinds = []
-    for path in dialect.known():
-        module = part(block, path)
-        if path == dialect.conv:
-            kinds.append((path, (*both(nn.Conv2d, _Conv2d), dk.DepthwiseConv2d)))
-        else:
-            kinds.append((path, () if module is None else (type(module),)))
-    return tuple(kinds)
 
 
 def _swap_conv(conv: nn.Conv2d) -> str | None:

@@ -27,9 +27,10 @@ def outputs_and_gradients(model: nn.Module, x: Tensor, outputs: Outputs = output
     torch.manual_seed(3)  # for what is drawn in training
     ys = outputs(model, x)
     g = torch.Generator().manual_seed(9)
-    loss = sum((y * torch.randn(y.shape, generator=g)).sum() for y in ys)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, [x, *parameters], allow_unused=True)
+    model.zero_grad(set_to_none=True)
+    sum((y * torch.randn(y.shape, generator=g)).sum() for y in ys).backward()
+    gradients = [t.grad for t in (x, *model.parameters()) if t.requires_grad]
+    model.zero_grad(set_to_none=True)
     return [*(y.detach() for y in ys), *gradients]
 
 

@@ -48,7 +48,9 @@ def test_timm(name):
     report = convnext_fast.accelerate(model)
     if name in OTHERWISE:
         reason, convolutions = OTHERWISE[name]
-        assert len(report.swapped) == convolutions and all("depthwise convolution" in what for _, what in report.swapped)
+        assert len(report.swapped) == convolutions and all(
+            "depthwise convolution" in what for _, what in report.swapped
+        )
         blocks = [why for module, why in report.skipped if not module.endswith("conv_dw")]
         assert len(blocks) == TIMM[name] and all(reason in why for why in blocks)
     else:

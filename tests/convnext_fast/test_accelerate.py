@@ -1,0 +1,500 @@
+"""What `accelerate` and `restore` do to modules, when a module's own forward runs, and what the report says of it."""
+
+import collections
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import convnext_fast
+import dwconv_kernels as dk
+
+from .accelerated import assert_all_close, assert_unchanged, outputs_and_gradients
+from .networks import CLASSIFIERS, DEPTHS, VARIANTS, Original, huggingface, images, ours, randomise, timm, torchvision
+
+BLOCKS = sum(DEPTHS)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of this package that run inside, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, _, name = function.name().partition("::")
+        if namespace == "dwconv_kernels":
+            self.ran[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of(model, x=None) -> dict[str, int]:
+    with Operators() as operators, dk.backend("reference"), torch.no_grad():
+        model(images() if x is None else x)
+    return dict(operators.ran)
+
+
+@pytest.fixture
+def model():
+    return randomise(timm())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 75)])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("ours")])
+def test_small_networks_of_every_library(name, size):
+    _, v2, build = VARIANTS[name]
+    x = images(2, *size)
+    report = assert_unchanged(randomise(build()), x, BLOCKS)
+    assert not report.skipped and all(f"ConvNeXt V{1 + v2} block of" in what for _, what in report.swapped)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_all_that_runs_are_the_operators(name):
+    model = randomise(CLASSIFIERS[name][2]())
+    expected = outputs_and_gradients(model, images())
+    convnext_fast.accelerate(model)
+    assert operators_of(model) == {"convnext_block": BLOCKS}
+    with dk.backend("reference"):  # the hand-written gradients
+        assert_all_close(outputs_and_gradients(model, images()), expected, 2e-5)
+
+
+def test_on_a_cpu_nothing_is_computed_differently(model):
+    expected = outputs_and_gradients(model, images())
+    report = convnext_fast.accelerate(model)
+    assert "on cpu, they run on torch" in str(report)
+    assert all(map(torch.equal, outputs_and_gradients(model, images()), expected))
+
+
+def test_classes_go_by_their_old_names(model):
+    block, conv = model.stages[0].blocks[0], model.stages[0].blocks[0].conv_dw
+    before, text = type(block), repr(model)
+    convnext_fast.accelerate(model)
+    for module, original in ((block, before), (conv, nn.Conv2d)):
+        cls = type(module)
+        assert cls is not original and issubclass(cls, original)
+        assert (cls.__name__, cls.__qualname__, cls.__module__) == (
+            original.__name__, original.__qualname__, original.__module__
+        )  # fmt: skip
+    assert repr(model) == text
+    names = convnext_fast.restore(model)
+    assert type(block) is before and type(conv) is nn.Conv2d
+    assert names[:2] == ["stages.0.blocks.0", "stages.0.blocks.0.conv_dw"] and len(names) == 2 * BLOCKS
+    assert convnext_fast.restore(model) == []
+
+
+@pytest.mark.parametrize("name", ["original", "timm-v2-conv", "torchvision", "huggingface", "dinov3"])
+def test_copies_and_pickles_are_accelerated(name):
+    model = randomise(VARIANTS[name][2]())
+    convnext_fast.accelerate(model, memory="lean")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model, 0))]
+    for other in copies:
+        assert operators_of(other) == {"convnext_block": BLOCKS}
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        convnext_fast.restore(other)
+        assert operators_of(other) == {}
+    assert operators_of(model) == {"convnext_block": BLOCKS}, "copies are restored alone"
+
+
+def test_twice_is_once_with_other_settings(model):
+    first = convnext_fast.accelerate(model)
+    second = convnext_fast.accelerate(model, memory="lean")
+    assert first.swapped == second.swapped and model.stages[0].blocks[0].memory == "lean"
+    convnext_fast.restore(model)
+    assert operators_of(model) == {}
+
+
+def test_filter_and_table(model):
+    seen = []
+
+    def not_the_first_stage(module, name):
+        seen.append((type(module).__name__, name))
+        return not name.startswith("stages.0")
+
+    report = convnext_fast.accelerate(model, not_the_first_stage)
+    assert ("ConvNeXtBlock", "stages.0.blocks.0") in seen and ("Conv2d", "stages.0.blocks.0.conv_dw") in seen
+    assert report.skipped == [
+        ("stages.0.blocks.0", "block: filter_fn said no"),
+        ("stages.0.blocks.0.conv_dw", "convolution: filter_fn said no"),
+    ]
+    assert [name for name, _ in report.swapped] == [
+        "stages.1.blocks.0", "stages.1.blocks.1", "stages.2.blocks.0", "stages.2.blocks.1", "stages.3.blocks.0"
+    ]  # fmt: skip
+    head, *rows = str(report).splitlines()
+    assert head.startswith("ConvNeXt: 5 swapped, 2 skipped; on cpu, they run on ")
+    assert [row.split()[:3] for row in rows] == [
+        ["swapped", "5", "stages.1.blocks.0"],
+        ["skipped", "1", "stages.0.blocks.0"],
+        ["skipped", "1", "stages.0.blocks.0.conv_dw"],
+    ]
+    assert operators_of(model) == {"convnext_block": 5}
+
+
+def test_nothing_to_swap_is_said():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 7, stride=2, groups=8))
+    with pytest.warns(UserWarning, match="accelerate swapped nothing in this Sequential: 1 blocks or depthwise"):
+        report = convnext_fast.accelerate(model)
+    assert report.swapped == [] and "stride (2, 2)" in report.skipped[0][1]
+
+
+def test_our_own_network_needs_none_of_it(recwarn):
+    report = convnext_fast.accelerate(ours())
+    assert not report.swapped and {why for _, why in report.skipped} == {
+        "block: it is convnext_fast's own, and runs on the kernels as it is"
+    }
+    assert not recwarn.list
+
+
+def test_wrong_arguments_are_named(model):
+    with pytest.raises(TypeError, match=r"model is a dict; an nn\.Module is allowed"):
+        convnext_fast.accelerate(model.state_dict().copy() and {})
+    with pytest.raises(TypeError, match="model is a list"):
+        convnext_fast.restore([])
+    with pytest.raises(TypeError, match=r"filter_fn is a str; a function of \(module, name\)"):
+        convnext_fast.accelerate(model, "stages")
+    with pytest.raises(ValueError, match="memory is 'small'; allowed: default, lean, fast"):
+        convnext_fast.accelerate(model, memory="small")
+
+
+def test_a_module_alone(model):
+    block = model.stages[1].blocks[0]
+    x = torch.randn(2, 12, 9, 8)
+    expected = block(x)
+    assert convnext_fast.accelerate(block).swapped == [("", "ConvNeXt V1 block of timm")]
+    assert operators_of(block, x) == {"convnext_block": 1}
+    assert torch.equal(block(x), expected)
+    conv = nn.Conv2d(4, 4, (1, 11), padding="same", groups=4)
+    assert "(the model itself)  depthwise convolution 1×11" in str(convnext_fast.accelerate(conv))
+
+
+@pytest.mark.parametrize("conv, reason", [
+    (nn.Conv2d(4, 4, 7, padding=3, groups=4), None),
+    (nn.Conv2d(4, 4, 5, groups=4, bias=False), None),
+    (nn.Conv2d(4, 4, (11, 1), padding="same", groups=4), None),
+    (nn.Conv2d(4, 4, (5, 3), padding="valid", groups=4), None),
+    (nn.Conv2d(4, 4, 3, groups=4), "its kernel is 3×3; from 5 taps"),
+    (nn.Conv2d(4, 4, 7, stride=2, groups=4), r"stride \(2, 2\)"),
+    (nn.Conv2d(4, 4, 7, dilation=2, groups=4), r"dilation \(2, 2\)"),
+    (nn.Conv2d(4, 4, 8, padding="same", groups=4), r"even size \(\(8, 8\)\)"),
+    (nn.Conv2d(4, 4, 6, groups=4), "the kernel is 6×6"),
+    (nn.Conv2d(4, 4, 21, padding=10, groups=4), "the kernel is 21×21"),
+    (nn.Conv2d(4, 4, 5, padding=7, groups=4), r"padding is \(7, 7\)"),
+    (nn.Conv2d(4, 8, 7, groups=4), "it makes 8 channels of 4"),
+    (nn.Conv2d(4, 4, 7, groups=4, padding=3, padding_mode="circular"), "padding_mode is 'circular'"),
+], ids=lambda value: str(value)[:60])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:accelerate swapped nothing", "ignore:Using padding='same'")
+def test_convolutions(conv, reason):
+    x = torch.randn(2, 4, 25, 24)
+    expected = outputs_and_gradients(conv, x)
+    model = nn.Sequential(conv)
+    report = convnext_fast.accelerate(model)
+    assert (len(report.swapped), len(report.skipped)) == ((1, 0) if reason is None else (0, 1))
+    if reason is not None:
+        assert pytest.importorskip("re").search(reason, report.skipped[0][1])
+    assert operators_of(model, x) == ({"depthwise_conv2d": 1} if reason is None else {})
+    for backend in ("auto", "torch", "reference"):
+        with dk.backend(backend):
+            assert_all_close(outputs_and_gradients(model, x), expected)
+
+
+def test_ordinary_convolutions_are_no_candidates():
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 7), nn.Conv2d(4, 4, 7, groups=2), nn.Conv2d(1, 1, 7), nn.Conv2d(4, 4, 1, groups=4)
+    )
+    with pytest.warns(UserWarning, match="0 blocks or depthwise convolutions"):
+        assert convnext_fast.accelerate(model).skipped == []
+
+
+# What a fork may do to a block that has the names of one.
+
+
+class Wider(Original):
+    """Blocks whose forward somebody changed."""
+
+    @staticmethod
+    def build(change):
+        model = randomise(Original())
+        for stage in model.stages:
+            for block in stage:
+                block.__class__ = change
+        return model
+
+
+def block_class():
+    return type(Original().stages[0][0])
+
+
+class Undoubled(block_class()):
+    def forward(self, x):
+        return super().forward(x) - x
+
+
+class OnlyInTraining(block_class()):
+    def forward(self, x):
+        return super().forward(x) * (2 if self.training else 1)
+
+
+class TwoArguments(block_class()):
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+class TheSame(block_class()):
+    def forward(self, x):
+        return super().forward(x) + 0
+
+
+@pytest.mark.parametrize("change", [Undoubled, OnlyInTraining, TwoArguments])
+def test_blocks_that_compute_something_else_are_left_alone(change):
+    model = Wider.build(change)
+    report = convnext_fast.accelerate(model)
+    assert {why.partition(";")[0] for name, why in report.skipped} == {
+        "block: its forward computes something else than x + drop_path(γ · fc2(grn(gelu(fc1(norm(conv(x)))))))"
+    }
+    assert [name.split(".")[-1] for name, _ in report.swapped] == ["dwconv"] * BLOCKS
+    if change is not TwoArguments:
+        assert operators_of(model) == {"depthwise_conv2d": BLOCKS}
+
+
+def test_forks_that_compute_the_same_are_swapped():
+    report = assert_unchanged(Wider.build(TheSame), images(), BLOCKS)
+    assert not report.skipped
+
+
+class Shifted(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class HalfPath(nn.Module):
+    drop_prob = 0.5
+
+    def forward(self, x):
+        return x * torch.empty_like(x).bernoulli_(0.5) * 2 if self.training else x
+
+
+def child(model, name):
+    return model.get_submodule(f"stages.1.blocks.0.{name}")
+
+
+def replace(model, name, new):
+    parent, _, last = name.rpartition(".")
+    old = child(model, name)
+    setattr(child(model, parent) if parent else model.stages[1].blocks[0], last, new)
+    if {k: v.shape for k, v in new.state_dict().items()} == {k: v.shape for k, v in old.state_dict().items()}:
+        new.load_state_dict(old.state_dict())
+
+
+@pytest.mark.parametrize("name, new, reason", [
+    ("norm", lambda: nn.GroupNorm(1, 12), "norm is torch.nn.modules.normalization.GroupNorm; a layer norm"),
+    ("norm", lambda: Shifted(12), "Shifted; a layer norm over the channels is allowed"),
+    ("mlp.act", nn.SiLU, r"mlp.act is SiLU\(\); GELU"),
+    ("mlp.act", lambda: nn.GELU("tanh"), r"mlp.act is GELU\(approximate='tanh'\)"),
+    ("mlp.fc1", lambda: nn.Sequential(nn.Linear(12, 48)), "mlp.fc1 is torch.nn.modules.container.Sequential; nn.Linear"),
+    ("mlp.fc2", lambda: nn.Conv2d(48, 12, 1, padding=1), "mlp.fc2 is torch.nn.modules.conv.Conv2d; nn.Linear or a 1×1"),
+    ("shortcut", lambda: nn.Conv2d(12, 12, 1), "computes something else"),
+    ("drop_path", HalfPath, "HalfPath, which does not drop whole images"),
+    ("drop_path", lambda: nn.Dropout(0.5), "Dropout, which does not drop whole images"),
+    ("mlp.norm", lambda: nn.LayerNorm(48), "computes something else"),
+], ids=lambda value: getattr(value, "__name__", str(value))[:30])  # fmt: skip
+def test_parts_that_are_none(model, name, new, reason):
+    replace(model, name, new())
+    report = convnext_fast.accelerate(model)
+    (why,) = [why for module, why in report.skipped if module == "stages.1.blocks.0"]
+    assert pytest.importorskip("re").search(reason, why), why
+    assert (
+        len(report.swapped) == BLOCKS and ("stages.1.blocks.0.conv_dw", "depthwise convolution 7×7") in report.swapped
+    )
+
+
+def test_a_further_child_is_not_overlooked(model):
+    model.stages[1].blocks[0].adapter = nn.Linear(12, 12)
+    report = convnext_fast.accelerate(model)
+    assert report.skipped == [
+        (
+            "stages.1.blocks.0",
+            "block: its child adapter (torch.nn.modules.linear.Linear) has no part in a ConvNeXt block",
+        )
+    ]
+
+
+def test_other_epsilons(model):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.3
+    assert_unchanged(model, images(), BLOCKS)
+    v2 = randomise(timm(v2=True))
+    v2.stages[1].blocks[0].mlp.grn.eps = 1e-2
+    report = assert_unchanged(v2, images(), BLOCKS)
+    assert report.skipped == [("stages.1.blocks.0", "block: the ε of mlp.grn is 0.01; 1e-06 is allowed")]
+
+
+# What happens to children later, and is looked at in every call.
+
+
+def hook(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+def pre_hook(module):
+    module.register_forward_pre_hook(lambda *_: None)
+
+
+def backward_hook(module):
+    module.register_full_backward_hook(lambda *_: None)
+
+
+def tripled_forward(module):
+    original = module.forward
+    module.forward = lambda x: 3 * original(x)
+
+
+class Tripled(nn.Module):
+    def forward(self, weight):
+        return 3 * weight
+
+
+@pytest.mark.parametrize("name, change, said", [
+    *((name, change, f"{name} has hooks, or a forward")
+      for name in ("conv_dw", "norm", "mlp", "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.fc2", "drop_path", "shortcut")
+      for change in (hook, pre_hook, backward_hook)),
+    ("mlp.fc1", tripled_forward, "mlp.fc1 has hooks, or a forward"),
+    ("mlp.fc1", lambda m: parametrize.register_parametrization(m, "weight", Tripled()), "mlp.fc1 is torch.nn.utils.parametrize"),
+    ("norm", lambda m: nn.utils.parametrizations.weight_norm(m, dim=None), None),
+    ("mlp.drop2", lambda m: setattr(m, "p", 0.5), None),
+    ("conv_dw", lambda m: m.__dict__.update(padding_mode="circular", _reversed_padding_repeated_twice=[3, 3, 3, 3]), "conv_dw is Conv2d"),
+    ("conv_dw", lambda m: m.__dict__.update(dilation=(2, 2), padding=(6, 6)), "conv_dw is Conv2d"),
+], ids=lambda value: getattr(value, "__name__", str(value)[:20]))  # fmt: skip
+def test_children_that_change_are_called(model, name, change, said):
+    convnext_fast.accelerate(model)
+    assert operators_of(model) == {"convnext_block": BLOCKS}
+    change(child(model, name))
+    if said is not None:
+        ran = operators_of(model)
+        assert ran["convnext_block"] == BLOCKS - 1
+        (text,) = [what for module, what in convnext_fast.accelerate(model).swapped if module == "stages.1.blocks.0"]
+        assert text.startswith("ConvNeXt V1 block of timm; for now by its own forward: ") and said in text
+    actual = outputs_and_gradients(model, images())
+    with dk.backend("torch"):
+        composed = outputs_and_gradients(model, images())
+    for module in model.modules():  # `restore` would refuse what parametrisation derived from our class
+        if type(module).__dict__.get("_original"):
+            module.__class__ = type(module)._original
+    expected = outputs_and_gradients(model, images())
+    assert_all_close(actual, expected)
+    assert_all_close(composed, expected)
+
+
+def test_replaced_children_are_called(model):
+    convnext_fast.accelerate(model)
+    replace(model, "norm", Shifted(12))
+    assert operators_of(model) == {"convnext_block": BLOCKS - 1, "depthwise_conv2d": 1}
+    del model.stages[1].blocks[1].shortcut
+    with pytest.raises(AttributeError, match="shortcut"):  # as the original says
+        model(images())
+
+
+def test_dropout_in_training_only(model):
+    convnext_fast.accelerate(model)
+    child(model, "mlp.drop1").p = 0.5
+    assert operators_of(model) == {"convnext_block": BLOCKS}
+    assert operators_of(model.train()) == {"convnext_block": BLOCKS - 1, "depthwise_conv2d": 1}
+    report = convnext_fast.accelerate(model)
+    assert "mlp.drop1 drops with p = 0.5" in dict(report.swapped)["stages.1.blocks.0"]
+
+
+def test_hooks_on_all_modules(model):
+    convnext_fast.accelerate(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert operators_of(model) == {"depthwise_conv2d": BLOCKS}
+    finally:
+        handle.remove()
+    assert operators_of(model) == {"convnext_block": BLOCKS}
+
+
+def test_grad_cam(model):
+    """The maps and gradients that hooks on a convolution and on a norm see are those of the network before."""
+
+    def seen(network):
+        got = {}
+        for name in ("stages.3.blocks.0.conv_dw", "stages.3.blocks.0.norm"):
+            module = network.get_submodule(name)
+            module.register_forward_hook(lambda m, args, y, name=name: got.__setitem__(name, y))
+            module.register_full_backward_hook(lambda m, gin, gout, name=name: got.__setitem__(name + "'", gout[0]))
+        network(images())[:, 2].sum().backward()
+        return [got[name].detach() for name in sorted(got)]
+
+    expected = seen(copy.deepcopy(model))
+    convnext_fast.accelerate(model)
+    for backend in ("auto", "torch", "reference"):
+        with dk.backend(backend):
+            actual = seen(copy.deepcopy(model))
+        assert len(actual) == 4
+        assert_all_close(actual, expected)
+
+
+def test_instances_with_a_forward_of_their_own_are_left_alone(model):
+    tripled_forward(model.stages[1].blocks[0])
+    tripled_forward(model.stages[1].blocks[1].conv_dw)
+    report = convnext_fast.accelerate(model)
+    assert ("stages.1.blocks.0", "block: its forward was replaced on the instance") in report.skipped
+    assert len(report.swapped) == BLOCKS
+
+
+def test_parameters_of_several_dtypes():
+    """Norms in fp32 inside a bf16 network: what comes out is for the modules to say."""
+    model = randomise(huggingface())
+    convnext_fast.accelerate(model)
+    model.to(torch.bfloat16)
+    block = model.convnext.encoder.stages[0].layers[0]
+    x = torch.randn(1, 8, 8, 8, dtype=torch.bfloat16)
+    assert operators_of(block, x) == {"convnext_block": 1}
+    block.layernorm.float()
+    assert operators_of(block, x) == {"depthwise_conv2d": 1}
+
+
+@pytest.mark.parametrize("library", [timm, torchvision, huggingface])
+def test_autocast_keeps_the_dtypes(library):
+    model = randomise(library())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outputs_and_gradients(model, images())
+        convnext_fast.accelerate(model)
+        with dk.backend("torch"):
+            actual = outputs_and_gradients(model, images())
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert (a - e).norm() <= 0.05 * e.norm()
+
+
+def test_scripting_says_what_to_do(model):
+    convnext_fast.accelerate(model)
+    with pytest.raises(RuntimeError, match=r"call convnext_fast\.restore\(model\) first"):
+        torch.jit.script(model)
+
+
+def test_gradients_have_the_strides_of_their_parameters():
+    for name in ("timm-conv", "timm-v2-conv", "huggingface-v2", "torchvision"):
+        model = randomise(CLASSIFIERS[name][2]()).to(memory_format=torch.channels_last)
+        convnext_fast.accelerate(model)
+        for backend in ("torch", "reference"):
+            model.zero_grad()
+            with dk.backend(backend):
+                F.cross_entropy(
+                    getattr(model(images()), "logits", None) if "hugging" in name else model(images()),
+                    torch.tensor([1, 2]),
+                ).backward()
+            blocks = [m for m in model.modules() if "_mixin" in type(m).__dict__ and hasattr(m, "dialect")]
+            assert len(blocks) == BLOCKS
+            for block in blocks:
+                for key, p in block.named_parameters():
+                    assert p.grad.stride() == p.stride(), key
