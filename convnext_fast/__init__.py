@@ -4,6 +4,7 @@ from dwconv_kernels._version import __version__
 
 from . import zoo
 from .accelerate import AccelerateReport, accelerate, restore
+from .backbone import ConvNeXtBackbone, fpn_backbone, pyramid_stages
 from .block import GRN, Block, DropPath
 from .checkpoint import (
     CheckpointError,
@@ -19,7 +20,8 @@ from .zoo import *  # noqa: F403
 from .zoo import create_model, list_models
 
 __all__ = [
-    "GRN", "AccelerateReport", "Block", "CheckpointError", "ConvNeXt", "ConvNeXtIsotropic", "DropPath", "LayerNorm2d", "LoadReport",
-    "__version__", "accelerate", "convert_state_dict", "create_model", "detect_dialect", "list_models", "load_checkpoint",
-    "read_checkpoint", "restore", "save_checkpoint", *zoo.MODELS,
+    "GRN", "AccelerateReport", "Block", "CheckpointError", "ConvNeXt", "ConvNeXtBackbone", "ConvNeXtIsotropic",
+    "DropPath", "LayerNorm2d", "LoadReport", "__version__", "accelerate", "convert_state_dict", "create_model",
+    "detect_dialect", "fpn_backbone", "list_models", "load_checkpoint", "pyramid_stages", "read_checkpoint", "restore",
+    "save_checkpoint", *zoo.MODELS,
 ]  # fmt: skip

@@ -167,8 +167,8 @@ def accelerate(
             served.update(map(id, module.modules()))
     if not report.swapped and not any(isinstance(module, (Block, dk.DepthwiseConv2d)) for module in model.modules()):
         warnings.warn(
-            f"accelerate swapped nothing in this {report.model}: {len(report.skipped)} blocks or depthwise convolutions "
-            f"were found, and skipped for the reasons in the report",
+            f"accelerate swapped nothing in this {report.model}: {len(report.skipped)} blocks or depthwise "
+            f"convolutions were found, and skipped for the reasons in the report",
             stacklevel=2,
         )
     return report

@@ -17,11 +17,17 @@ Settings = tuple[tuple[str, object], ...]
 
 
 class Swapped:
-    """What every such subclass has in front of its original class. Never instantiated; see :func:`swap`."""
+    """What every such subclass has in front of its original class. See :func:`swap`."""
 
     _original: type[nn.Module]
     _mixin: type[Swapped]
     _settings: Settings
+
+    def __new__(cls, *args, **kwargs):
+        """``type(module)(...)``, with which adapters build modules like ``module``, builds one of the original class."""
+        if (args or kwargs) and "_original" in cls.__dict__:
+            return cls._original(*args, **kwargs)
+        return object.__new__(cls)
 
     def __reduce_ex__(self, protocol):
         """Copies and pickles name the original class, and make the subclass anew."""
@@ -32,8 +38,9 @@ class Swapped:
 
     def __prepare_scriptable__(self):
         raise RuntimeError(
-            f"torch.jit.script compiles the source of forward, and this {type(self).__name__} runs on operators that it "
-            f"does not know; call convnext_fast.restore(model) first (torch.jit.trace and torch.export need no such call)"
+            f"torch.jit.script compiles the source of forward, and this {type(self).__name__} runs on operators that "
+            f"it does not know; call convnext_fast.restore(model) first (torch.jit.trace and torch.export need no such "
+            f"call)"
         )
 
 
@@ -76,5 +83,4 @@ def _swapped_class(original: type[nn.Module], mixin: type[Swapped], settings: Se
 
 
 def _new(original: type[nn.Module], mixin: type[Swapped], settings: Settings) -> nn.Module:
-    cls = _swapped_class(original, mixin, settings)
-    return cls.__new__(cls)
+    return object.__new__(_swapped_class(original, mixin, settings))

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("depthwise", "norm_linear", "block")
-OPTIONAL = {"kornia", "matplotlib", "mlxtend", "numpy", "PIL", "safetensors", "sklearn", "tqdm"}
+OPTIONAL = {
+    "kornia", "matplotlib", "mlxtend", "mmengine", "numpy", "PIL", "safetensors", "sklearn", "timm", "torchvision",
+    "tqdm",
+}  # fmt: skip
 
 # (Of the reference, a launcher takes names of parameters and constants, and nothing that computes.)
 LAUNCH = {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluon", "config", "reference"}

@@ -42,7 +42,7 @@ def assert_all_close(actual: list[Tensor | None], expected: list[Tensor | None],
         assert (a is None) == (e is None), f"{i}: one is None"
         if e is None:
             continue
-        assert a.shape == e.shape and a.dtype == e.dtype, f"{i}: {a.shape} {a.dtype}, not {e.shape} {e.dtype}"
+        assert (a.shape, a.dtype) == (e.shape, e.dtype), f"{i}: {a.shape} {a.dtype}, not {e.shape} {e.dtype}"
         error = (a - e).abs().max().item()
         assert error <= tolerance * e.abs().max().item() + 1e-30, f"{i}: {error:.2e} of {e.abs().max().item():.2e}"
 

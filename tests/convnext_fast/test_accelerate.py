@@ -52,7 +52,8 @@ def test_small_networks_of_every_library(name, size):
     _, v2, build = VARIANTS[name]
     x = images(2, *size)
     report = assert_unchanged(randomise(build()), x, BLOCKS)
-    assert not report.skipped and all(f"ConvNeXt V{1 + v2} block of" in what for _, what in report.swapped)
+    assert not report.skipped
+    assert all(f"ConvNeXt V{1 + v2} block of" in what for _, what in report.swapped)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -78,14 +79,17 @@ def test_classes_go_by_their_old_names(model):
     convnext_fast.accelerate(model)
     for module, original in ((block, before), (conv, nn.Conv2d)):
         cls = type(module)
-        assert cls is not original and issubclass(cls, original)
+        assert cls is not original
+        assert issubclass(cls, original)
         assert (cls.__name__, cls.__qualname__, cls.__module__) == (
             original.__name__, original.__qualname__, original.__module__
         )  # fmt: skip
     assert repr(model) == text
     names = convnext_fast.restore(model)
-    assert type(block) is before and type(conv) is nn.Conv2d
-    assert names[:2] == ["stages.0.blocks.0", "stages.0.blocks.0.conv_dw"] and len(names) == 2 * BLOCKS
+    assert type(block) is before
+    assert type(conv) is nn.Conv2d
+    assert names[:2] == ["stages.0.blocks.0", "stages.0.blocks.0.conv_dw"]
+    assert len(names) == 2 * BLOCKS
     assert convnext_fast.restore(model) == []
 
 
@@ -105,10 +109,22 @@ def test_copies_and_pickles_are_accelerated(name):
     assert operators_of(model) == {"convnext_block": BLOCKS}, "copies are restored alone"
 
 
+def test_modules_built_like_an_accelerated_one_are_ordinary(model):
+    """What adapters do, and what DataParallel does."""
+    convnext_fast.accelerate(model)
+    conv = child(model, "conv_dw")
+    built = type(conv)(4, 6, 3)
+    assert type(built) is nn.Conv2d
+    assert built(torch.randn(1, 4, 5, 5)).shape == (1, 6, 3, 3)
+    replica = model.stages[1].blocks[0]._replicate_for_data_parallel()
+    assert type(replica) is type(model.stages[1].blocks[0])
+
+
 def test_twice_is_once_with_other_settings(model):
     first = convnext_fast.accelerate(model)
     second = convnext_fast.accelerate(model, memory="lean")
-    assert first.swapped == second.swapped and model.stages[0].blocks[0].memory == "lean"
+    assert first.swapped == second.swapped
+    assert model.stages[0].blocks[0].memory == "lean"
     convnext_fast.restore(model)
     assert operators_of(model) == {}
 
@@ -121,7 +137,8 @@ def test_filter_and_table(model):
         return not name.startswith("stages.0")
 
     report = convnext_fast.accelerate(model, not_the_first_stage)
-    assert ("ConvNeXtBlock", "stages.0.blocks.0") in seen and ("Conv2d", "stages.0.blocks.0.conv_dw") in seen
+    assert ("ConvNeXtBlock", "stages.0.blocks.0") in seen
+    assert ("Conv2d", "stages.0.blocks.0.conv_dw") in seen
     assert report.skipped == [
         ("stages.0.blocks.0", "block: filter_fn said no"),
         ("stages.0.blocks.0.conv_dw", "convolution: filter_fn said no"),
@@ -143,14 +160,14 @@ def test_nothing_to_swap_is_said():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 7, stride=2, groups=8))
     with pytest.warns(UserWarning, match="accelerate swapped nothing in this Sequential: 1 blocks or depthwise"):
         report = convnext_fast.accelerate(model)
-    assert report.swapped == [] and "stride (2, 2)" in report.skipped[0][1]
+    assert report.swapped == []
+    assert "stride (2, 2)" in report.skipped[0][1]
 
 
 def test_our_own_network_needs_none_of_it(recwarn):
     report = convnext_fast.accelerate(ours())
-    assert not report.swapped and {why for _, why in report.skipped} == {
-        "block: it is convnext_fast's own, and runs on the kernels as it is"
-    }
+    assert not report.swapped
+    assert {why for _, why in report.skipped} == {"block: it is convnext_fast's own, and runs on the kernels as it is"}
     assert not recwarn.list
 
 
@@ -299,7 +316,7 @@ def replace(model, name, new):
     ("norm", lambda: Shifted(12), "Shifted; a layer norm over the channels is allowed"),
     ("mlp.act", nn.SiLU, r"mlp.act is SiLU\(\); GELU"),
     ("mlp.act", lambda: nn.GELU("tanh"), r"mlp.act is GELU\(approximate='tanh'\)"),
-    ("mlp.fc1", lambda: nn.Sequential(nn.Linear(12, 48)), "mlp.fc1 is torch.nn.modules.container.Sequential; nn.Linear"),
+    ("mlp.fc1", lambda: nn.Sequential(nn.Linear(12, 48)), "mlp.fc1 is torch.nn.modules.container.Sequential"),
     ("mlp.fc2", lambda: nn.Conv2d(48, 12, 1, padding=1), "mlp.fc2 is torch.nn.modules.conv.Conv2d; nn.Linear or a 1×1"),
     ("shortcut", lambda: nn.Conv2d(12, 12, 1), "computes something else"),
     ("drop_path", HalfPath, "HalfPath, which does not drop whole images"),
@@ -311,9 +328,8 @@ def test_parts_that_are_none(model, name, new, reason):
     report = convnext_fast.accelerate(model)
     (why,) = [why for module, why in report.skipped if module == "stages.1.blocks.0"]
     assert pytest.importorskip("re").search(reason, why), why
-    assert (
-        len(report.swapped) == BLOCKS and ("stages.1.blocks.0.conv_dw", "depthwise convolution 7×7") in report.swapped
-    )
+    assert len(report.swapped) == BLOCKS
+    assert ("stages.1.blocks.0.conv_dw", "depthwise convolution 7×7") in report.swapped
 
 
 def test_a_further_child_is_not_overlooked(model):
@@ -363,15 +379,23 @@ class Tripled(nn.Module):
         return 3 * weight
 
 
+def parametrised(module):
+    parametrize.register_parametrization(module, "weight", Tripled())
+
+
+def circular(module):
+    module.padding_mode, module._reversed_padding_repeated_twice = "circular", [3, 3, 3, 3]
+
+
 @pytest.mark.parametrize("name, change, said", [
     *((name, change, f"{name} has hooks, or a forward")
       for name in ("conv_dw", "norm", "mlp", "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.fc2", "drop_path", "shortcut")
       for change in (hook, pre_hook, backward_hook)),
     ("mlp.fc1", tripled_forward, "mlp.fc1 has hooks, or a forward"),
-    ("mlp.fc1", lambda m: parametrize.register_parametrization(m, "weight", Tripled()), "mlp.fc1 is torch.nn.utils.parametrize"),
+    ("mlp.fc1", parametrised, "mlp.fc1 is torch.nn.utils.parametrize"),
     ("norm", lambda m: nn.utils.parametrizations.weight_norm(m, dim=None), None),
     ("mlp.drop2", lambda m: setattr(m, "p", 0.5), None),
-    ("conv_dw", lambda m: m.__dict__.update(padding_mode="circular", _reversed_padding_repeated_twice=[3, 3, 3, 3]), "conv_dw is Conv2d"),
+    ("conv_dw", circular, "conv_dw is Conv2d"),
     ("conv_dw", lambda m: m.__dict__.update(dilation=(2, 2), padding=(6, 6)), "conv_dw is Conv2d"),
 ], ids=lambda value: getattr(value, "__name__", str(value)[:20]))  # fmt: skip
 def test_children_that_change_are_called(model, name, change, said):
@@ -382,7 +406,8 @@ def test_children_that_change_are_called(model, name, change, said):
         ran = operators_of(model)
         assert ran["convnext_block"] == BLOCKS - 1
         (text,) = [what for module, what in convnext_fast.accelerate(model).swapped if module == "stages.1.blocks.0"]
-        assert text.startswith("ConvNeXt V1 block of timm; for now by its own forward: ") and said in text
+        assert text.startswith("ConvNeXt V1 block of timm; for now by its own forward: ")
+        assert said in text
     actual = outputs_and_gradients(model, images())
     with dk.backend("torch"):
         composed = outputs_and_gradients(model, images())

@@ -48,13 +48,14 @@ def test_timm(name):
     report = convnext_fast.accelerate(model)
     if name in OTHERWISE:
         reason, convolutions = OTHERWISE[name]
-        assert len(report.swapped) == convolutions and all(
-            "depthwise convolution" in what for _, what in report.swapped
-        )
+        assert len(report.swapped) == convolutions
+        assert all("depthwise convolution" in what for _, what in report.swapped)
         blocks = [why for module, why in report.skipped if not module.endswith("conv_dw")]
-        assert len(blocks) == TIMM[name] and all(reason in why for why in blocks)
+        assert len(blocks) == TIMM[name]
+        assert all(reason in why for why in blocks)
     else:
-        assert len(report.swapped) == TIMM[name] and not report.skipped
+        assert len(report.swapped) == TIMM[name]
+        assert not report.skipped
         assert all(" block of timm" in what for _, what in report.swapped)
     if sum(p.numel() for p in model.parameters()) > 300e6:
         model = on_meta(timm.create_model, model_name=name, depths=(1, 1, 2, 1))
@@ -89,7 +90,8 @@ def test_torchvision(size, blocks):
     models = pytest.importorskip("torchvision.models")
     model = materialise(on_meta(getattr(models, f"convnext_{size}")))
     report = assert_unchanged(model, torch.randn(1, 3, 64, 64), blocks)
-    assert not report.skipped and report.swapped[0] == ("features.1.0", "ConvNeXt V1 block of torchvision")
+    assert not report.skipped
+    assert report.swapped[0] == ("features.1.0", "ConvNeXt V1 block of torchvision")
 
 
 @pytest.mark.parametrize("kind", ["ForImageClassification", "Model", "Backbone"])
