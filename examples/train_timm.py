@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 examples/train_timm.py --data imagenet --model convn
 """
 
 import argparse
+from functools import partial
 
 import timm
 import torch
@@ -13,7 +14,8 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, init_distributed_device_so
+from timm.utils import ModelEmaV3
+from timm.utils.distributed import init_distributed_device_so
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
@@ -43,9 +45,8 @@ def main(args):
     torch.manual_seed(0)  # the same weights everywhere
 
     train_set, val_set, classes = datasets(args)
-    model = timm.create_model(
-        args.model, pretrained=args.pretrained, num_classes=classes, drop_path_rate=args.drop_path
-    )
+    build = {"pretrained": args.pretrained, "num_classes": classes, "drop_path_rate": args.drop_path}
+    model = timm.create_model(args.model, **build)
     model = model.to(device, memory_format=torch.channels_last)
     report = convnext_fast.accelerate(model)  # before DDP and torch.compile, which look at what they wrap
     say(report)
@@ -55,14 +56,12 @@ def main(args):
     net = torch.compile(net) if args.compile else net
 
     sampler = DistributedSampler(train_set, world, rank)
-    settings = {"num_workers": args.workers, "pin_memory": on_gpu}
-    train = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **settings)
-    val = DataLoader(Subset(val_set, range(rank, len(val_set), world)), args.batch_size, **settings)
+    loader = partial(DataLoader, batch_size=args.batch_size, num_workers=args.workers, pin_memory=on_gpu)
+    train = loader(train_set, sampler=sampler, drop_last=True)
+    val = loader(Subset(val_set, range(rank, len(val_set), world)))
     optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, "cosine", num_epochs=args.epochs, warmup_epochs=args.epochs // 15, warmup_lr=1e-6,
-        step_on_epochs=False, updates_per_epoch=len(train),
-    )  # fmt: skip
+    per_update = {"step_on_epochs": False, "updates_per_epoch": len(train)}
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=args.epochs, warmup_epochs=args.epochs // 15, **per_update)
     mixup = Mixup(args.mixup, cutmix_alpha=1.0, num_classes=classes) if args.mixup > 0 else None
     criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(0.1)
 
@@ -71,7 +70,7 @@ def main(args):
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
         net.train()
-        total = torch.zeros((), device=device)
+        sums = torch.zeros(2, device=device)  # of losses, and of images that are classified right
         for images, labels in train:
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
@@ -85,18 +84,16 @@ def main(args):
             step += 1
             scheduler.step_update(step)
             ema.update(model, step)
-            total += loss.detach()
+            sums[0] += loss.detach()
 
-        right = torch.zeros((), device=device)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             for images, labels in val:
                 logits = ema.module(images.to(device, memory_format=torch.channels_last))
-                right += (logits.argmax(1) == labels.to(device)).sum()
+                sums[1] += (logits.argmax(1) == labels.to(device)).sum()
         if world > 1:
-            for value in (total, right):
-                dist.all_reduce(value)
-        mean, accuracy = total.item() / len(train) / world, 100 * right.item() / len(val_set)
-        say(f"epoch {epoch + 1}: loss {mean:.3f}, {accuracy:.1f} % of the validation images right (EMA)")
+            dist.all_reduce(sums)
+        loss, right = sums[0] / len(train) / world, 100 * sums[1] / len(val_set)
+        say(f"epoch {epoch + 1}: loss {loss:.3f}, {right:.1f} % of the validation images right (EMA)")
         if rank == 0:  # names and values are timm's: timm.create_model(..., checkpoint_path=args.output) reads it
             states = {"state_dict": model.state_dict(), "state_dict_ema": ema.module.state_dict()}
             torch.save({"arch": args.model, "epoch": epoch, **states}, args.output)
@@ -106,14 +103,15 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a folder with train/<class>/* and val/<class>/*; random images without")
-    parser.add_argument("--model", default="convnext_atto")
-    parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument("--output", default="last.pth")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--mixup", type=float, default=0.0, help="its α, with CutMix beside it; even batches only")
-    for name, default in (("image-size", 32), ("batch-size", 8), ("epochs", 4), ("workers", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("lr", 1e-3), ("drop-path", 0.1), ("ema-decay", 0.9999)):
-        parser.add_argument(f"--{name}", type=float, default=default)
+    add = parser.add_argument
+    add("--data", help="a folder with train/<class>/* and val/<class>/*; without it, random images")
+    add("--model", default="convnext_atto")
+    add("--pretrained", action="store_true")
+    add("--output", default="last.pth")
+    add("--compile", action="store_true")
+    add("--mixup", type=float, default=0.0, help="its α, with CutMix beside it; even batches only")
+    for name, default in {"image-size": 32, "batch-size": 8, "epochs": 5, "workers": 0}.items():
+        add(f"--{name}", type=int, default=default)
+    for name, default in {"lr": 5e-4, "drop-path": 0.1, "ema-decay": 0.9999}.items():
+        add(f"--{name}", type=float, default=default)
     main(parser.parse_args())
