@@ -101,7 +101,7 @@ def as_matrix(parameter: Tensor) -> Tensor:
     """
     if parameter.ndim == 2:
         return parameter
-    if parameter.stride(1) == 1:  # channels_last, (C, 1, C, C)
+    if parameter.stride(3) != 1:  # channels_last, (C, 1, C, C)
         return parameter.permute(0, 2, 3, 1).squeeze(2).squeeze(1)
     return parameter.squeeze(3).squeeze(2)
 

@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,11 +42,21 @@ def train_two_steps(model, images, labels, backend: str) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def worker(rank: int, folder: str, version: int, channels_last: bool, backend: str) -> None:
+def join(rank: int, folder: str) -> None:
+    """Makes this process the ``rank``-th of two."""
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+
+def leave() -> None:
+    """Together: Gloo can wait for ever where one process takes its reducer down after the other has left."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def worker(rank: int, folder: str, version: int, channels_last: bool, backend: str) -> None:
+    join(rank, folder)
     model = DistributedDataParallel(build(version, channels_last))
     images, labels = batch()
     mine = slice(rank * IMAGES // 2, (rank + 1) * IMAGES // 2)
@@ -53,13 +64,12 @@ def worker(rank: int, folder: str, version: int, channels_last: bool, backend: s
         warnings.simplefilter("error")
         gradients = train_two_steps(model, images[mine], labels[mine], backend)
     torch.save(gradients, f"{folder}/gradients{rank}.pt")
-    # Gloo can wait for ever where one process takes its reducer down after the other has left.
     del model, gradients
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
-def run_two(*args) -> None:
+def run_two(worker: Callable, *args) -> None:
+    """``worker(rank, *args)`` in two processes."""
     processes = multiprocessing.spawn(worker, args=args, nprocs=2, join=False)
     deadline = time.monotonic() + 120
     while not processes.join(timeout=1):
@@ -72,7 +82,7 @@ def run_two(*args) -> None:
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("version, channels_last", [(1, True), (1, False), (2, True)])
 def test_gradients_of_two_processes_are_those_of_one(tmp_path, version, channels_last, backend):
-    run_two(str(tmp_path), version, channels_last, backend)
+    run_two(worker, str(tmp_path), version, channels_last, backend)
     ranks = [torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True) for rank in range(2)]
     alone = train_two_steps(build(version, channels_last), *batch(), backend)
     for first, second, expected in zip(*ranks, alone, strict=True):

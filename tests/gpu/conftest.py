@@ -48,8 +48,18 @@ def as_in_fp32():
 @pytest.fixture
 def launches(monkeypatch):
     """Counts the calls of the launchers: {"depthwise_forward": 0, "depthwise_backward": 0}."""
-    launch = runtime.launchers("depthwise")
-    counts = {"depthwise_forward": 0, "depthwise_backward": 0}
+    return _counting(monkeypatch, "depthwise", "depthwise_forward", "depthwise_backward")
+
+
+@pytest.fixture
+def block_launches(monkeypatch):
+    """The same of blocks, whose launchers do not call those above."""
+    return _counting(monkeypatch, "block", "block_forward", "block_inference", "block_backward")
+
+
+def _counting(monkeypatch, family: str, *names: str) -> dict[str, int]:
+    launch = runtime.launchers(family)
+    counts = dict.fromkeys(names, 0)
 
     def counting(name, launcher):
         def counted(*arguments):

@@ -40,7 +40,7 @@ def training_step(model, images, labels, optimizer, dtype):
 
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("grn", [False, True])
-def test_two_training_steps(dtype, tolerance, grn, launches):
+def test_two_training_steps(dtype, tolerance, grn, block_launches):
     """The losses of two steps, the second of which depends on all gradients of the first."""
     model = network(use_grn=True, layer_scale_init_value=0.0) if grn else network()
     images, labels = torch.randn(4, 3, PIXELS, PIXELS, device=DEVICE), torch.arange(4, device=DEVICE)
@@ -49,10 +49,10 @@ def test_two_training_steps(dtype, tolerance, grn, launches):
     for backend in (BACKEND, "torch"):
         trained = copy.deepcopy(model)
         optimizer = torch.optim.SGD(trained.parameters(), 0.05)
-        before = dict(launches)
+        before = dict(block_launches)
         with dk.backend(backend):
             losses[backend] = [training_step(trained, images, labels, optimizer, dtype) for _ in range(2)]
-        ran = [launches[name] - before[name] for name in ("depthwise_forward", "depthwise_backward")]
+        ran = [block_launches[name] - before[name] for name in ("block_forward", "block_backward")]
         assert ran == ([10, 10] if backend == BACKEND else [0, 0])  # five blocks, two steps
         gradients[backend] = [p.grad for p in trained.parameters()]
     assert losses[BACKEND] == pytest.approx(losses["torch"], rel=tolerance)

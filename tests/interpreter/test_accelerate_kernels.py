@@ -44,9 +44,10 @@ FULL = pytest.mark.full
 @pytest.mark.parametrize("name", [
     "test_convnext2", "convnext_zepto_rms",
     *(pytest.param(name, marks=FULL) for name in (
-        "test_convnext", "test_convnext3", "convnext_zepto_rms_ols", "convnext_atto_ols", "convnext_atto_rms",
-        "convnext_atto", "convnextv2_atto", "convnext_femto", "convnext_femto_ols", "convnextv2_femto", "convnext_pico", "convnext_pico_ols",
-        "convnextv2_pico", "convnext_nano", "convnextv2_nano",
+        "test_convnext", "test_convnext3", "convnext_zepto_rms_ols", "convnext_atto", "convnext_atto_ols",
+        "convnext_atto_rms", "convnextv2_atto", "convnext_femto", "convnext_femto_ols", "convnextv2_femto",
+        "convnext_pico", "convnext_pico_ols", "convnextv2_pico", "convnext_nano", "convnext_nano_ols",
+        "convnextv2_nano",
     )),
 ])  # fmt: skip
 def test_networks_of_timm(name, guard):
