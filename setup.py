@@ -26,7 +26,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["dwconv_kernels", "dwconv_kernels.*", "convnext_fast", "convnext_fast.*"]),
-    package_data={"dwconv_kernels": ["py.typed", "*/README.md"], "convnext_fast": ["py.typed"]},
+    package_data={"dwconv_kernels": ["py.typed", "*/README.md"], "convnext_fast": ["py.typed", "README.md"]},
     # Triton comes with torch's own CUDA builds, in the version they were built for; without it the PyTorch path runs.
     install_requires=["torch>=2.6"],
     extras_require={
@@ -39,8 +39,11 @@ setup(
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "peft>=0.15",
             "pytest>=8",
             "pytest-benchmark>=5",
+            "segmentation-models-pytorch>=0.5",
+            "torchao",
         ],
         "bench": [*PEERS, *TRITON, "matplotlib>=3.6", "pytest>=8", "pytest-benchmark>=5"],
     },

@@ -24,7 +24,7 @@ class Swapped:
     _settings: Settings
 
     def __new__(cls, *args, **kwargs):
-        """``type(module)(...)``, with which adapters build modules like ``module``, builds one of its original class."""
+        """``type(module)(...)``, by which adapters build modules like ``module``, builds one of the original class."""
         if (args or kwargs) and "_original" in cls.__dict__:
             return cls._original(*args, **kwargs)
         return object.__new__(cls)

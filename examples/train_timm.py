@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 examples/train_timm.py --data imagenet --model convn
 """
 
 import argparse
+import gc
 from functools import partial
 
 import timm
@@ -45,8 +46,7 @@ def main(args):
     torch.manual_seed(0)  # the same weights everywhere
 
     train_set, val_set, classes = datasets(args)
-    build = {"pretrained": args.pretrained, "num_classes": classes, "drop_path_rate": args.drop_path}
-    model = timm.create_model(args.model, **build)
+    model = timm.create_model(args.model, args.pretrained, num_classes=classes, drop_path_rate=args.drop_path)
     model = model.to(device, memory_format=torch.channels_last)
     report = convnext_fast.accelerate(model)  # before DDP and torch.compile, which look at what they wrap
     say(report)
@@ -66,22 +66,19 @@ def main(args):
     criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(0.1)
 
     torch.manual_seed(rank)  # but what is drawn for the images differs
-    step = 0
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
         net.train()
         sums = torch.zeros(2, device=device)  # of losses, and of images that are classified right
-        for images, labels in train:
+        for step, (images, labels) in enumerate(train, 1 + epoch * len(train)):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            if mixup:
-                images, labels = mixup(images, labels)
+            images, labels = mixup(images, labels) if mixup else (images, labels)
             with torch.autocast(device.type, torch.bfloat16):
                 loss = criterion(net(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
             scheduler.step_update(step)
             ema.update(model, step)
             sums[0] += loss.detach()
@@ -94,10 +91,13 @@ def main(args):
             dist.all_reduce(sums)
         loss, right = sums[0] / len(train) / world, 100 * sums[1] / len(val_set)
         say(f"epoch {epoch + 1}: loss {loss:.3f}, {right:.1f} % of the validation images right (EMA)")
-        if rank == 0:  # names and values are timm's: timm.create_model(..., checkpoint_path=args.output) reads it
+        if rank == 0:  # names and values are timm's: timm.create_model(..., checkpoint_path=args.output) reads them
             states = {"state_dict": model.state_dict(), "state_dict_ema": ema.module.state_dict()}
             torch.save({"arch": args.model, "epoch": epoch, **states}, args.output)
     if world > 1:
+        del net
+        gc.collect()  # with gloo, a process can wait for ever where DDP's reducer outlives the group
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -1,5 +1,7 @@
 """Every ConvNeXt of timm, torchvision, Hugging Face and mmpretrain computes the same before and after `accelerate`."""
 
+import functools
+
 import pytest
 import torch
 
@@ -40,9 +42,19 @@ OTHERWISE = {  # those whose blocks are not ConvNeXt's: why, and how many of the
 }  # fmt: skip
 
 
+LIMITS = [100, pytest.param(300, marks=pytest.mark.full)]
+
+
+def within(limit, build, **few):
+    """``build()``, on meta; above ``limit`` million parameters, ``build(**few)``."""
+    model = on_meta(build)
+    return on_meta(build, **few) if sum(p.numel() for p in model.parameters()) > 1e6 * limit else model
+
+
+@pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", TIMM)
-def test_timm(name):
-    """Above 300 M parameters, the whole network without values, and one of few blocks with them."""
+def test_timm(name, limit):
+    """The structure of the whole network without values; the numbers, where it is larger, of one with few blocks."""
     timm = pytest.importorskip("timm")
     model = on_meta(timm.create_model, model_name=name)
     report = convnext_fast.accelerate(model)
@@ -57,11 +69,10 @@ def test_timm(name):
         assert len(report.swapped) == TIMM[name]
         assert not report.skipped
         assert all(" block of timm" in what for _, what in report.swapped)
-    if sum(p.numel() for p in model.parameters()) > 300e6:
-        model = on_meta(timm.create_model, model_name=name, depths=(1, 1, 2, 1))
-        report = convnext_fast.accelerate(model)
+    model = within(limit, functools.partial(timm.create_model, name), depths=(1, 1, 2, 1))
+    swapped = len(convnext_fast.accelerate(model).swapped)
     convnext_fast.restore(model)
-    assert_unchanged(materialise(model), torch.randn(1, 3, 64, 64), len(report.swapped))
+    assert_unchanged(materialise(model), torch.randn(1, 3, 64, 64), swapped)
 
 
 @pytest.mark.parametrize("settings, swapped, reasons", [
@@ -85,7 +96,10 @@ def test_timm_arguments(settings, swapped, reasons):
     assert all(any(reason in why for reason in reasons) for _, why in report.skipped)
 
 
-@pytest.mark.parametrize("size, blocks", [("tiny", 18), ("small", 36), ("base", 36), ("large", 36)])
+FULL_SIZE = pytest.param("large", 36, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("size, blocks", [("tiny", 18), ("small", 36), ("base", 36), FULL_SIZE])
 def test_torchvision(size, blocks):
     models = pytest.importorskip("torchvision.models")
     model = materialise(on_meta(getattr(models, f"convnext_{size}")))
