@@ -14,7 +14,7 @@ import dwconv_kernels as dk
 from .backend_in_use import describe_backend
 from .block import Block, fits_a_block
 from .block_dialects import BlockDialect, class_name, dialect_of, dtypes_agree, part, run_block, unlike
-from .class_swap import Swapped, both, is_swapped, original_class, swap, unswap
+from .class_swap import Swapped, both, is_swapped, original_class, swap, swap_of, unswap
 
 LARGE = 5  # taps in one direction from which on a kernel is large
 
@@ -25,22 +25,25 @@ class _Conv2d(Swapped):
     def forward(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and dk.engages(args[0]) and _why_not_conv(self) is None:
             return dk.depthwise_conv2d(args[0], self.weight, self.bias, self.stride, self.padding, self.dilation)
-        return self._original.forward(self, *args, **kwargs)
+        return swap_of(self).original.forward(self, *args, **kwargs)
 
 
-class _Block(Swapped):
-    """A ConvNeXt block on :func:`dk.convnext_block`."""
-
+@dataclass(frozen=True)
+class _BlockSettings:
     dialect: BlockDialect
     kinds: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]  # the class of each part but the convolution, if any
     memory: str
 
+
+class _Block(Swapped):
+    """A ConvNeXt block on :func:`dk.convnext_block`; its settings are :class:`_BlockSettings`."""
+
     def forward(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and dk.engages(args[0]):
-            x = args[0]
-            if _why_not_block(self) is None and dtypes_agree(self, self.dialect, x):
-                return run_block(self, self.dialect, x, self.memory)
-        return self._original.forward(self, *args, **kwargs)
+            x, settings = args[0], swap_of(self).settings
+            if _why_not_block(self, settings) is None and dtypes_agree(self, settings.dialect, x):
+                return run_block(self, settings.dialect, x, settings.memory)
+        return swap_of(self).original.forward(self, *args, **kwargs)
 
 
 _CONV_KINDS = (*both(nn.Conv2d, _Conv2d), dk.DepthwiseConv2d)
@@ -53,9 +56,10 @@ def _why_not_conv(conv: nn.Conv2d) -> str | None:
     return "its _conv_forward was replaced" if "_conv_forward" in conv.__dict__ else None
 
 
-def _why_not_block(block: nn.Module) -> str | None:
+def _why_not_block(block: nn.Module, settings: _BlockSettings) -> str | None:
     """Why a swapped block calls its children one after another for now; None where it does not."""
-    for path, kinds in ((block.dialect.conv, _CONV_KINDS), *block.kinds):
+    dialect = settings.dialect
+    for path, kinds in ((dialect.conv, _CONV_KINDS), *settings.kinds):
         module = part(block, path)
         if module is None:
             if kinds:
@@ -64,10 +68,10 @@ def _why_not_block(block: nn.Module) -> str | None:
             return f"{'.'.join(path)} {_what_happened(module, kinds)}"
         elif kinds[0] is nn.Dropout and module.training and module.p > 0:
             return f"{'.'.join(path)} drops with p = {module.p}"
-    if getattr(part(block, block.dialect.act), "approximate", "none") != "none":
-        return f"{'.'.join(block.dialect.act)} is not GELU (erf)"
-    conv = part(block, block.dialect.conv)
-    return None if fits_a_block(conv) else f"{'.'.join(block.dialect.conv)} is {conv!r}"
+    if getattr(part(block, dialect.act), "approximate", "none") != "none":
+        return f"{'.'.join(dialect.act)} is not GELU (erf)"
+    conv = part(block, dialect.conv)
+    return None if fits_a_block(conv) else f"{'.'.join(dialect.conv)} is {conv!r}"
 
 
 def _what_happened(module: nn.Module, kinds: tuple[type, ...]) -> str:
@@ -156,7 +160,8 @@ def accelerate(
         if kind is None:
             continue
         if filter_fn is not None and not filter_fn(module, name):
-            report.skipped.append((name, f"{kind}: filter_fn said no"))
+            before = " (an earlier call swapped it)" if isinstance(module, Swapped) else ""
+            report.skipped.append((name, f"{kind}: filter_fn said no{before}"))
             continue
         reason = _swap_block(module, memory) if kind == "block" else _swap_conv(module)
         if reason is not None:
@@ -213,8 +218,9 @@ def _kind(module: nn.Module) -> str | None:
 
 def _describe(module: nn.Module) -> str:
     if isinstance(module, _Block):
-        version = "V1" if part(module, module.dialect.grn) is None else "V2"
-        text, reason = f"ConvNeXt {version} block of {module.dialect.name}", _why_not_block(module)
+        settings = swap_of(module).settings
+        version = "V1" if part(module, settings.dialect.grn) is None else "V2"
+        text, reason = f"ConvNeXt {version} block of {settings.dialect.name}", _why_not_block(module, settings)
     else:
         text, reason = f"depthwise convolution {'×'.join(map(str, module.kernel_size))}", _why_not_conv(module)
     return text if reason is None else f"{text}; for now by its own forward: {reason}"
@@ -244,7 +250,7 @@ def _swap_block(block: nn.Module, memory: str) -> str | None:
     _swap_conv(conv)
     parts = ((path, part(block, path)) for path in dialect.known() if path != dialect.conv)
     kinds = tuple((path, () if module is None else (type(module),)) for path, module in parts)
-    swap(block, _Block, dialect=dialect, kinds=kinds, memory=memory)
+    swap(block, _Block, _BlockSettings(dialect, kinds, memory))
     return None
 
 

@@ -10,23 +10,31 @@ from __future__ import annotations
 import copyreg
 import functools
 import types
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 from torch import nn
 
-Settings = tuple[tuple[str, object], ...]
+
+@dataclass(frozen=True)
+class Swap:
+    """What a subclass of ours was made of; hashable and picklable."""
+
+    original: type[nn.Module]
+    mixin: type[Swapped]
+    settings: Hashable
 
 
 class Swapped:
     """What every such subclass has in front of its original class. See :func:`swap`."""
 
-    _original: type[nn.Module]
-    _mixin: type[Swapped]
-    _settings: Settings
+    # The only attribute that our classes add, and looked up in classes: a module may have any other one itself.
+    _convnext_fast_swap: Swap
 
     def __new__(cls, *args, **kwargs):
         """``type(module)(...)``, by which adapters build modules like ``module``, builds one of the original class."""
-        if (args or kwargs) and "_original" in cls.__dict__:
-            return cls._original(*args, **kwargs)
+        if (args or kwargs) and "_convnext_fast_swap" in cls.__dict__:
+            return cls._convnext_fast_swap.original(*args, **kwargs)
         return object.__new__(cls)
 
     def __reduce_ex__(self, protocol):
@@ -34,7 +42,7 @@ class Swapped:
         reduced = super().__reduce_ex__(max(protocol, 2))
         if reduced[0] is not copyreg.__newobj__ or not is_swapped(self):
             return reduced
-        return (_new, (self._original, self._mixin, self._settings), *reduced[2:])
+        return (_new, (swap_of(self),), *reduced[2:])
 
     def __prepare_scriptable__(self):
         raise RuntimeError(
@@ -46,17 +54,22 @@ class Swapped:
 
 def is_swapped(module: nn.Module) -> bool:
     """Is the class of ``module`` one of ours, and not one that somebody derived from it (FSDP, parametrisation)?"""
-    return "_original" in type(module).__dict__
+    return "_convnext_fast_swap" in type(module).__dict__
+
+
+def swap_of(module: Swapped) -> Swap:
+    """Of a module that was swapped, whatever was derived from its class since."""
+    return type(module)._convnext_fast_swap
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` has, or had before :func:`swap`."""
-    return type(module).__dict__.get("_original", type(module))
+    return swap_of(module).original if is_swapped(module) else type(module)
 
 
-def swap(module: nn.Module, mixin: type[Swapped], **settings) -> None:
-    """Give ``module`` the forward of ``mixin``, and ``settings`` (hashable, picklable) as attributes of its class."""
-    module.__class__ = _swapped_class(original_class(module), mixin, tuple(settings.items()))
+def swap(module: nn.Module, mixin: type[Swapped], settings: Hashable = None) -> None:
+    """Give ``module`` the forward of ``mixin``, which finds ``settings`` (hashable, picklable) by :func:`swap_of`."""
+    module.__class__ = _swapped_class(Swap(original_class(module), mixin, settings))
 
 
 def unswap(module: nn.Module) -> None:
@@ -65,22 +78,21 @@ def unswap(module: nn.Module) -> None:
 
 def both(kind: type[nn.Module], mixin: type[Swapped]) -> tuple[type[nn.Module], ...]:
     """``kind``, and what :func:`swap` makes of it with ``mixin`` and no settings."""
-    return kind, _swapped_class(kind, mixin, ())
+    return kind, _swapped_class(Swap(kind, mixin, None))
 
 
 @functools.cache
-def _swapped_class(original: type[nn.Module], mixin: type[Swapped], settings: Settings) -> type[nn.Module]:
+def _swapped_class(made_of: Swap) -> type[nn.Module]:
+    original = made_of.original
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        "_original": original,
-        "_mixin": mixin,
-        "_settings": settings,
-        **dict(settings),
+        "_convnext_fast_swap": made_of,
     }
-    return types.new_class(original.__name__, (mixin, original), exec_body=lambda namespace: namespace.update(body))
+    bases = made_of.mixin, original
+    return types.new_class(original.__name__, bases, exec_body=lambda namespace: namespace.update(body))
 
 
-def _new(original: type[nn.Module], mixin: type[Swapped], settings: Settings) -> nn.Module:
-    return object.__new__(_swapped_class(original, mixin, settings))
+def _new(made_of: Swap) -> nn.Module:
+    return object.__new__(_swapped_class(made_of))

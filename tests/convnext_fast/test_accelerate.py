@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnext_fast
 import dwconv_kernels as dk
+from convnext_fast.class_swap import is_swapped, swap_of, unswap
 
 from .accelerated import assert_all_close, assert_unchanged, outputs_and_gradients
 from .networks import CLASSIFIERS, DEPTHS, VARIANTS, Original, huggingface, images, ours, randomise, timm, torchvision
@@ -126,7 +127,7 @@ def test_twice_is_once_with_other_settings(model):
     first = convnext_fast.accelerate(model)
     second = convnext_fast.accelerate(model, memory="lean")
     assert first.swapped == second.swapped
-    assert model.stages[0].blocks[0].memory == "lean"
+    assert swap_of(model.stages[0].blocks[0]).settings.memory == "lean"
     convnext_fast.restore(model)
     assert operators_of(model) == {}
 
@@ -414,8 +415,8 @@ def test_children_that_change_are_called(model, name, change, said):
     with dk.backend("torch"):
         composed = outputs_and_gradients(model, images())
     for module in model.modules():  # `restore` would refuse what parametrisation derived from our class
-        if type(module).__dict__.get("_original"):
-            module.__class__ = type(module)._original
+        if is_swapped(module):
+            unswap(module)
     expected = outputs_and_gradients(model, images())
     assert_all_close(actual, expected)
     assert_all_close(composed, expected)
@@ -521,7 +522,7 @@ def test_gradients_have_the_strides_of_their_parameters():
                     getattr(model(images()), "logits", None) if "hugging" in name else model(images()),
                     torch.tensor([1, 2]),
                 ).backward()
-            blocks = [m for m in model.modules() if "_mixin" in type(m).__dict__ and hasattr(m, "dialect")]
+            blocks = [m for m in model.modules() if is_swapped(m) and swap_of(m).settings is not None]
             assert len(blocks) == BLOCKS
             for block in blocks:
                 for key, p in block.named_parameters():
