@@ -29,8 +29,8 @@ DEPTHWISE = ("depthwise_forward", "depthwise_input_gradient", "depthwise_weight_
 COMPOSITIONS = ("layer_norm_linear_forward", "layer_norm_linear_training", "block_forward", "block_training")
 NETWORKS = ("model_training", "model_inference")
 PROVIDERS = (
-    OURS, "ours_compile", "ours_graph", "ours_max_autotune", "ours_lean", "eager", "channels_last", "compile",
-    "max_autotune", "timm", "timm_compile", "swin_tiny", "vit_small", "resnet50",
+    OURS, "ours_compile", "ours_graph", "ours_max_autotune", "ours_lean", "ours_timm", "eager", "channels_last",
+    "compile", "max_autotune", "timm", "timm_compile", "swin_tiny", "vit_small", "resnet50",
 )  # fmt: skip
 # The first of these that a suite has is the one that stands for it; networks are trained under autocast.
 DTYPES = ("bf16", "amp_bf16", "fp16", "fp32")

@@ -28,7 +28,9 @@ OTHERS = {
     "resnet50": "resnet50",
 }
 LATE = ("max_autotune", *OTHERS)
-PROVIDERS = (OURS, "ours_compile", "channels_last", "timm", "compile", "timm_compile", "eager", "max_autotune")
+PROVIDERS = (
+    OURS, "ours_compile", "channels_last", "timm", "ours_timm", "compile", "timm_compile", "eager", "max_autotune",
+)  # fmt: skip
 # By the norm of the logits. Half-precision activations of some fifty layers differ by this much between two right
 # implementations; a block that is missing or wrong makes several times as much.
 TOLERANCE = {"bf16": 0.08, "amp_bf16": 0.08, "fp16": 0.02, "fp32": 1e-3}
@@ -153,7 +155,8 @@ def _expected(case: NetworkCase, state: dict[str, Tensor], images: Tensor, machi
 
 def _network(case: NetworkCase, provider: str, state: dict[str, Tensor]) -> tuple[nn.Module, str]:
     """The module, with the common parameters, and the backend of this package under which it runs."""
-    if provider in OTHERS or provider.startswith("timm"):
+    backend = dk.current_backend() if provider.startswith(OURS) else "torch"
+    if provider in OTHERS or "timm" in provider:
         torchvision_shim.install()  # timm imports torchvision
         try:
             import timm
@@ -161,13 +164,15 @@ def _network(case: NetworkCase, provider: str, state: dict[str, Tensor]) -> tupl
             raise Unavailable("timm is not installed") from None
         if provider in OTHERS:
             kwargs = {} if case.size == 224 or provider == "resnet50" else {"img_size": case.size}
-            return timm.create_model(OTHERS[provider], **kwargs), "torch"
+            return timm.create_model(OTHERS[provider], **kwargs), backend
         network = timm.create_model(case.model)
         network.load_state_dict(convnext_fast.convert_state_dict(state, to="timm", like=network))
-        return network, "torch"
+        if provider.startswith(OURS):
+            convnext_fast.accelerate(network)
+        return network, backend
     network = convnext_fast.create_model(case.model)
     network.load_state_dict(state)
-    return network, dk.current_backend() if provider.startswith(OURS) else "torch"
+    return network, backend
 
 
 def _compiled(network: nn.Module, provider: str, machine: Machine) -> nn.Module:

@@ -173,7 +173,7 @@ def _network(
     size: int = 224,
     training: bool = False,
     first: tuple[str, ...] = (OURS, "ours_compile"),
-    pytorch: tuple[str, ...] = ("channels_last", "timm", "compile", "timm_compile", "eager"),
+    pytorch: tuple[str, ...] = ("channels_last", "timm", "ours_timm", "compile", "timm_compile", "eager"),
     more: tuple[str, ...] = (),
     **options,
 ) -> Contest:

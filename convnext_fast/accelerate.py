@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dwconv_kernels as dk
 
 from .backend_in_use import describe_backend
-from .block import Block, fits_a_block
+from .block import Block, fits_a_block, under_autocast
 from .block_dialects import BlockDialect, class_name, dialect_of, dtypes_agree, part, run_block, unlike
 from .class_swap import Swapped, both, is_swapped, original_class, swap, swap_of, unswap
 
@@ -41,7 +41,8 @@ class _Block(Swapped):
     def forward(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and dk.engages(args[0]):
             x, settings = args[0], swap_of(self).settings
-            if _why_not_block(self, settings) is None and dtypes_agree(self, settings.dialect, x):
+            fits = _why_not_block(self, settings) is None and dtypes_agree(self, settings.dialect, x)
+            if fits and not _would_lose_tf32(self, settings.dialect, x):
                 return run_block(self, settings.dialect, x, settings.memory)
         return swap_of(self).original.forward(self, *args, **kwargs)
 
@@ -72,6 +73,17 @@ def _why_not_block(block: nn.Module, settings: _BlockSettings) -> str | None:
         return f"{'.'.join(dialect.act)} is not GELU (erf)"
     conv = part(block, dialect.conv)
     return None if fits_a_block(conv) else f"{'.'.join(dialect.conv)} is {conv!r}"
+
+
+def _would_lose_tf32(block: nn.Module, dialect: BlockDialect, x: Tensor) -> bool:
+    """Has ``block`` 1×1 convolutions that PyTorch runs in TF32, where our operator would not? Then it is the faster."""
+    return (
+        isinstance(part(block, dialect.fc1), nn.Conv2d)
+        and x.dtype == torch.float32
+        and not under_autocast(x)
+        and dk.current_backend() == "auto"
+        and dk.tf32_in_convolutions_alone()
+    )
 
 
 def _what_happened(module: nn.Module, kinds: tuple[type, ...]) -> str:

@@ -9,7 +9,15 @@ from .block.op import MEMORY, convnext_block
 from .depthwise.op import depthwise_conv2d, depthwise_kernels_take
 from .modules import DepthwiseConv2d, LayerNormLinear, dtypes_agree, is_plain
 from .norm_linear.op import layer_norm_linear
-from .runtime import backend, current_backend, engages, kernel_status, strict, supports
+from .runtime import (
+    backend,
+    current_backend,
+    engages,
+    kernel_status,
+    strict,
+    supports,
+    tf32_in_convolutions_alone,
+)
 
 __all__ = [
     "MEMORY",
@@ -28,4 +36,5 @@ __all__ = [
     "layer_norm_linear",
     "strict",
     "supports",
+    "tf32_in_convolutions_alone",
 ]

@@ -334,6 +334,19 @@ def tf32() -> bool:
     return precision == "tf32"
 
 
+@_constant
+def tf32_in_convolutions_alone() -> bool:
+    """May PyTorch multiply in TF32 in fp32 convolutions, but not in linear layers? That is its default.
+
+    Our operators go by what linear layers may.
+    """
+    try:
+        convolutions = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    except AttributeError:  # before PyTorch 2.9
+        convolutions = torch.backends.cudnn.allow_tf32
+    return convolutions and not tf32()
+
+
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has none
 
 

@@ -67,8 +67,9 @@ def test_layout_backend_and_mode(case, provider, monkeypatch, compiled):
 
 def test_peers_of_timm(monkeypatch, compiled):
     pytest.importorskip("timm")
-    for provider in ("timm", "timm_compile"):
+    for provider in ("timm", "timm_compile", "ours_timm"):
         entry, seen = calls_of(INFERENCE, provider, monkeypatch)
+        assert entry.facts.get("ran") == ("torch" if provider.startswith("ours") else None)
         assert entry.facts["error"] < 1e-5
         assert seen[0][0].is_contiguous(memory_format=torch.channels_last)
     assert len(compiled) == 1

@@ -244,6 +244,28 @@ def test_resuming_with_the_optimizer_of_before():
     assert_all_close(list(other.parameters()), list(model.parameters()), 1e-4)
 
 
+@pytest.mark.parametrize("name, dtype, linear, runs", [
+    ("timm-conv", None, "ieee", 0), ("timm-conv", None, "tf32", BLOCKS), ("timm-conv", torch.bfloat16, "ieee", BLOCKS),
+    ("timm-linear", None, "ieee", BLOCKS),
+], ids=str)  # fmt: skip
+def test_tf32_of_convolutions_is_not_lost(name, dtype, linear, runs, monkeypatch):
+    """By PyTorch's defaults 1×1 convolutions in fp32 are TF32 and linear layers are not; on a GPU, by `auto`."""
+    model, calls = accelerated(name), []
+    monkeypatch.setattr(dk, "engages", lambda x: True)
+    original = dk.convnext_block
+    monkeypatch.setattr(dk, "convnext_block", lambda *args, **kw: calls.append(1) or original(*args, **kw))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if linear == "tf32" else "highest")
+        assert torch.backends.cudnn.allow_tf32
+        assert dk.tf32_in_convolutions_alone() == (linear == "ieee")
+        with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.no_grad():
+            model(images())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(calls) == runs
+
+
 # Children that other libraries replace.
 
 
