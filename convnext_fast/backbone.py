@@ -84,7 +84,8 @@ class ConvNeXtBackbone(nn.Module):
         arch: a name out of :data:`ARCHITECTURES`, or ``{"depths": four numbers, "channels": four numbers}``.
         in_channels: of the images.
         stem_patch_size: width and stride of the first convolution.
-        norm_cfg: ``{"type": "LN2d", "eps": ...}``; ε is 1e-5 where it is not given, as in mmpretrain.
+        norm_cfg: ``{"type": "LN2d", "eps": ..., "requires_grad": ...}``; ε is 1e-5 where it is not given, and norms are
+            trained, as in mmpretrain.
         act_cfg: ``{"type": "GELU"}``.
         linear_pw_conv: linear layers (True) or 1×1 convolutions in the blocks; the names are the same, shapes differ.
         use_grn: the blocks of V2.
@@ -152,6 +153,8 @@ class ConvNeXtBackbone(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.requires_grad_(norm_cfg is None or bool(norm_cfg.get("requires_grad", True)))
         accelerate(self)
         self._freeze()
 
@@ -221,8 +224,10 @@ def _indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
 
 def _eps(norm_cfg: dict | None) -> float:
     norm_cfg = {"type": "LN2d", "eps": 1e-6} if norm_cfg is None else norm_cfg
-    if norm_cfg.get("type") != "LN2d" or set(norm_cfg) > {"type", "eps"}:
-        raise ValueError(f'norm_cfg is {norm_cfg!r}; {{"type": "LN2d", "eps": a number}} is allowed')
+    if norm_cfg.get("type") != "LN2d" or set(norm_cfg) - {"type", "eps", "requires_grad"}:
+        raise ValueError(
+            f'norm_cfg is {norm_cfg!r}; {{"type": "LN2d", "eps": a number, "requires_grad": a bool}} is allowed'
+        )
     return float(norm_cfg.get("eps", 1e-5))
 
 

@@ -46,7 +46,7 @@ def one_step(model, loss, parameters):
     {}, {"out_indices": (1, 3), "gap_before_final_norm": False}, {"out_indices": -1},
     {"linear_pw_conv": False}, {"use_grn": True, "layer_scale_init_value": 0.0},
     {"use_grn": True, "linear_pw_conv": False, "norm_cfg": {"type": "LN2d", "eps": 1e-2}},
-    {"norm_cfg": {"type": "LN2d"}},
+    {"norm_cfg": {"type": "LN2d"}}, {"norm_cfg": {"type": "LN2d", "eps": 1e-6, "requires_grad": False}},
     {"with_cp": True}, {"stem_patch_size": 2, "in_channels": 5}, {"frozen_stages": 2},
 ], ids=str)  # fmt: skip
 def test_same_as_mmpretrain(settings):
@@ -106,6 +106,7 @@ def test_frozen_stages_stay_frozen():
     ({"out_indices": ()}, "out_indices is"),
     ({"frozen_stages": 5}, "frozen_stages is 5; 0 to 4"),
     ({"norm_cfg": {"type": "BN"}}, "norm_cfg is .*BN.*LN2d"),
+    ({"norm_cfg": {"type": "LN2d", "foo": 3}}, "norm_cfg is .*foo.*LN2d"),
     ({"act_cfg": {"type": "ReLU"}}, "act_cfg is .*ReLU.*GELU"),
     ({"drop_path_rate": 1.5}, r"drop_path_rate is 1\.5"),
 ], ids=str)  # fmt: skip
