@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .accelerate import accelerate
 from .block import GRN, DropPath
+from .block_dialects import dialect_of, part
 from .model import LayerNorm2d, drop_path_rates
 
 ARCHITECTURES = {  # as mmpretrain calls them: (depths, channels)
@@ -232,40 +233,50 @@ def _eps(norm_cfg: dict | None) -> float:
 
 
 def pyramid_stages(model: nn.Module) -> nn.Sequential:
-    """The four stages of a ConvNeXt, each with the downsampling before it, as children "0" to "3" of a sequence.
+    """The stages of a ConvNeXt, usually four, each with the downsampling before it, as children "0", "1", ... of a sequence.
 
     This is what ``torchvision.models._utils.IntermediateLayerGetter`` and ``BackboneWithFPN`` take. Modules are shared
     with ``model``; its head and what follows the last stage are left out, so that no parameter is idle.
 
     Args:
-        model: a ConvNeXt of this package, the original repositories, timm, torchvision, Hugging Face or mmpretrain.
+        model: a ConvNeXt of this package, the original repositories, timm (also ``features_only``), torchvision, Hugging
+            Face or mmpretrain.
 
     Raises:
         ValueError: ``model`` is none of these.
     """
-    if hasattr(model, "downsample_layers") and hasattr(model, "stages"):  # ours, the original's, mmpretrain's
-        stages = [nn.Sequential(down, stage) for down, stage in zip(model.downsample_layers, model.stages, strict=True)]
-    elif hasattr(model, "stem") and hasattr(model, "stages"):  # timm
-        stages = [nn.Sequential(model.stem, model.stages[0]), *model.stages[1:]]
-    elif isinstance(getattr(model, "features", None), nn.Sequential) and len(model.features) == 8:  # torchvision
-        stages = [nn.Sequential(model.features[2 * i], model.features[2 * i + 1]) for i in range(4)]
-    else:
-        stages = _stages_of_huggingface(model)
+    stages = _stages(model)
+    if not stages or any(_channels(stage) is None for stage in stages):
+        raise ValueError(
+            f"model is a {type(model).__name__}; a ConvNeXt of convnext_fast, the original repositories, timm, "
+            f"torchvision, Hugging Face or mmpretrain is allowed"
+        )
     return nn.Sequential(*stages)
 
 
-def _stages_of_huggingface(model: nn.Module) -> list[nn.Module]:
-    for module in model.modules():
+def _stages(model: nn.Module) -> list[nn.Module]:
+    """Whatever may be the stages of ``model``."""
+    children = dict(model.named_children())
+    if {"downsample_layers", "stages"} <= children.keys():  # ours, the original's, mmpretrain's
+        pairs = zip(model.downsample_layers, model.stages, strict=True)
+        return [nn.Sequential(downsample, stage) for downsample, stage in pairs]
+    if {"stem", "stages"} <= children.keys():  # timm
+        return [nn.Sequential(model.stem, model.stages[0]), *model.stages[1:]]
+    if "stages_0" in children:  # the same with features_only
+        first = [child for name, child in children.items() if name.startswith("stem_")]
+        others = [child for name, child in children.items() if name.startswith("stages_") and name != "stages_0"]
+        return [nn.Sequential(*first, children["stages_0"]), *others]
+    if isinstance(children.get("features"), nn.Sequential):  # torchvision
+        layers = list(model.features)
+        return [nn.Sequential(*pair) for pair in zip(layers[::2], layers[1::2], strict=False)]
+    for module in model.modules():  # Hugging Face
         if hasattr(module, "embeddings") and hasattr(getattr(module, "encoder", None), "stages"):
             first, *others = module.encoder.stages
             return [nn.Sequential(module.embeddings, first), *others]
         stages = getattr(module, "stages", None)
         if isinstance(stages, nn.ModuleList) and all(hasattr(stage, "downsample_layers") for stage in stages):  # DINOv3
             return list(stages)
-    raise ValueError(
-        f"model is a {type(model).__name__}; a ConvNeXt of convnext_fast, the original repositories, timm, "
-        f"torchvision, Hugging Face or mmpretrain is allowed"
-    )
+    return []
 
 
 def fpn_backbone(
@@ -291,12 +302,17 @@ def fpn_backbone(
     except ImportError as error:
         raise ImportError(f"fpn_backbone needs torchvision (pip install torchvision): {error}") from error
     stages, wanted = pyramid_stages(model), _indices(out_indices)
-    stages = stages[: wanted[-1] + 1]
+    if wanted[-1] >= len(stages):
+        raise ValueError(f"out_indices is {tuple(out_indices)!r}; this network was built with {len(stages)} stages")
     channels = [_channels(stages[i]) for i in wanted]
+    stages = stages[: wanted[-1] + 1]
     return BackboneWithFPN(stages, {str(i): str(k) for k, i in enumerate(wanted)}, channels, out_channels, extra_blocks)
 
 
-def _channels(stage: nn.Module) -> int:
-    """How many channels a stage's maps have: as many as its last depthwise convolution."""
-    convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
-    return convolutions[-1].out_channels
+def _channels(stage: nn.Module) -> int | None:
+    """How many channels a stage's maps have: as many as its blocks; None where it has no ConvNeXt block."""
+    for module in stage.modules():
+        dialect = dialect_of(module)
+        if dialect is not None:
+            return part(module, dialect.conv).in_channels
+    return None

@@ -2,8 +2,8 @@
 
 ``timm.create_model("convnext_fast_tiny", pretrained=True)`` is ``timm.create_model("convnext_tiny", pretrained=True)``
 and :func:`convnext_fast.accelerate`: the same arguments, weights, parameter names and methods. So for every name that
-begins with ``convnext_`` or ``convnextv2_``, with tags (``convnext_fast_tiny.in12k_ft_in1k``), ``features_only=True``,
-and where others go by timm's names: ``segmentation_models_pytorch.Unet("tu-convnext_fast_tiny")``.
+begins with ``convnext_`` or ``convnextv2_``, with tags (``convnext_fast_tiny.in12k_ft_in1k``), ``features_only=True``, and
+where others go by timm's names: ``segmentation_models_pytorch.Unet("tu-convnext_fast_tiny")``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import nn
 
 from .accelerate import accelerate
 
-__all__: list[str] = []  # timm adds the names that it registers
+__all__: list[str] = []  # timm adds the names that it registers,
+default_cfgs: dict = {}  # and finds here where their weights are
 
 
 def _register() -> None:
@@ -23,8 +24,12 @@ def _register() -> None:
     except ImportError as error:
         raise ImportError(f"convnext_fast.timm_registry needs timm (pip install timm): {error}") from error
     for name in timm.list_models(["convnext_*", "convnextv2_*"], exclude_filters=["*_fast_*"]):
-        family, _, size = name.partition("_")
-        timm.models.register_model(_entry(f"{family}_fast_{size}", timm.models.model_entrypoint(name)))
+        fast = name.replace("_", "_fast_", 1)
+        if not timm.is_model(fast):  # a second time, where this module is reloaded
+            weights = timm.models.get_arch_pretrained_cfgs(name)
+            named = {tagged.replace(name, fast, 1): cfg for tagged, cfg in weights.items()}
+            default_cfgs.update(timm.models.generate_default_cfgs(named))
+            timm.models.register_model(_entry(fast, timm.models.model_entrypoint(name)))
 
 
 def _entry(name: str, original):

@@ -1,7 +1,9 @@
 """Backbones in the libraries that they are for: the same results as the network they stand for, and a training step."""
 
 import copy
+import importlib
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -235,9 +237,28 @@ def test_pyramid_stages_of_every_library(name):
     assert_all_close(maps, peer(x))
 
 
-def test_pyramid_stages_refuse_other_networks():
-    with pytest.raises(ValueError, match="model is a Sequential; a ConvNeXt of"):
-        convnext_fast.pyramid_stages(nn.Sequential(nn.Conv2d(3, 8, 3)))
+def test_pyramid_stages_of_feature_extractors():
+    timm_module = pytest.importorskip("timm")
+    model = randomise(timm_module.create_model("convnext_atto", features_only=True, out_indices=(0, 1, 2)))
+    maps, x = [], images(2, 64, 64)
+    for stage in convnext_fast.pyramid_stages(model):
+        maps.append(stage(maps[-1] if maps else x))
+    assert_all_close(maps, model(x))
+    assert len(convnext_fast.pyramid_stages(ours(features_only=True, out_indices=(0, 1)))) == 2
+
+
+@pytest.mark.parametrize(
+    "name", [None, "resnetv2_50", "mambaout_femto", "inception_next_tiny", "swin_t", "efficientnet_v2_s"]
+)
+def test_pyramid_stages_refuse_other_networks(name):
+    if name is None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    else:
+        with torch.device("meta"):
+            models = pytest.importorskip("torchvision.models")
+            model = getattr(models, name)() if hasattr(models, name) else pytest.importorskip("timm").create_model(name)
+    with pytest.raises(ValueError, match=f"model is a {type(model).__name__}; a ConvNeXt of"):
+        convnext_fast.pyramid_stages(model)
 
 
 @pytest.mark.parametrize("build", [ours, timm, huggingface, Original], ids=["ours", "timm", "huggingface", "original"])
@@ -271,6 +292,8 @@ def test_fpn_of_the_first_stages_has_no_idle_parameters():
     assert all(p.grad is not None for p in backbone.parameters())
     with pytest.raises(ValueError, match="out_indices is"):
         convnext_fast.fpn_backbone(ours(), 16, out_indices=(4,))
+    with pytest.raises(ValueError, match="this network was built with 2 stages"):
+        convnext_fast.fpn_backbone(ours(features_only=True, out_indices=(0, 1)), 16)
 
 
 # timm, and segmentation_models_pytorch by timm's names.
@@ -306,6 +329,20 @@ def test_timm_tags_name_the_weights_of_the_original(timm_names):
     cfg = timm_names.create_model("convnext_fast_tiny.in12k_ft_in1k_384").pretrained_cfg
     assert (cfg["architecture"], cfg["tag"], cfg["input_size"]) == ("convnext_tiny", "in12k_ft_in1k_384", (3, 384, 384))
     assert timm_names.create_model("convnextv2_fast_atto").pretrained_cfg["architecture"] == "convnextv2_atto"
+    for name in ("convnext_tiny", "convnext_tiny.in12k_ft_in1k_384", "convnextv2_atto"):
+        fast, original = (timm_names.get_pretrained_cfg(n) for n in (name.replace("_", "_fast_", 1), name))
+        assert original.hf_hub_id.startswith("timm/convnext")
+        assert (fast.hf_hub_id, fast.tag, fast.url) == (original.hf_hub_id, original.tag, original.url)
+    assert "convnext_fast_tiny.in12k_ft_in1k_384" in timm_names.list_pretrained("convnext_fast_tiny*")
+    tags = [len(timm_names.list_pretrained(pattern)) for pattern in ("convnext*_fast_*", "convnext_*", "convnextv2_*")]
+    assert tags[0] == sum(tags[1:]) / 2
+
+
+def test_registering_with_timm_again_changes_nothing(timm_names, recwarn):
+    before = timm_names.list_models("*_fast_*")
+    importlib.reload(sys.modules["convnext_fast.timm_registry"])
+    assert timm_names.list_models("*_fast_*") == before
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("decoder", ["Unet", "FPN"])
