@@ -13,8 +13,29 @@ import dwconv_kernels as dk
 
 from .backend_in_use import describe_backend
 from .block import Block, fits_a_block, under_autocast
-from .block_dialects import BlockDialect, class_name, dialect_of, dtypes_agree, part, run_block, unlike
-from .class_swap import Swapped, both, is_swapped, original_class, swap, swap_of, unswap
+from .block_dialects import (
+    GRN_EPS,
+    BlockDialect,
+    dialect_of,
+    drop_probability,
+    dtypes_agree,
+    grn_eps,
+    grn_of,
+    part,
+    run_block,
+)
+from .block_proof import class_name, makes_channels_last, unlike
+from .class_swap import (
+    Swapped,
+    both,
+    forward_of,
+    is_swapped,
+    only_argument,
+    original_class,
+    swap,
+    swap_of,
+    unswap,
+)
 
 LARGE = 5  # taps in one direction from which on a kernel is large
 
@@ -22,10 +43,10 @@ LARGE = 5  # taps in one direction from which on a kernel is large
 class _Conv2d(Swapped):
     """A depthwise ``nn.Conv2d`` on :func:`dk.depthwise_conv2d`."""
 
-    def forward(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and dk.engages(args[0]) and _why_not_conv(self) is None:
-            return dk.depthwise_conv2d(args[0], self.weight, self.bias, self.stride, self.padding, self.dilation)
-        return swap_of(self).original.forward(self, *args, **kwargs)
+    def _convnext_fast_run(self, x: Tensor) -> Tensor:
+        if dk.engages(x) and _why_not_conv(self) is None:
+            return dk.depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return forward_of(self)(self, x)
 
 
 @dataclass(frozen=True)
@@ -33,18 +54,21 @@ class _BlockSettings:
     dialect: BlockDialect
     kinds: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]  # the class of each part but the convolution, if any
     memory: str
+    makes_channels_last: bool
 
 
 class _Block(Swapped):
     """A ConvNeXt block on :func:`dk.convnext_block`; its settings are :class:`_BlockSettings`."""
 
-    def forward(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and dk.engages(args[0]):
-            x, settings = args[0], swap_of(self).settings
+    def _convnext_fast_run(self, x: Tensor) -> Tensor:
+        if dk.engages(x):
+            settings = swap_of(self).settings
             fits = _why_not_block(self, settings) is None and dtypes_agree(self, settings.dialect, x)
             if fits and not _would_lose_tf32(self, settings.dialect, x):
+                if settings.makes_channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
                 return run_block(self, settings.dialect, x, settings.memory)
-        return swap_of(self).original.forward(self, *args, **kwargs)
+        return forward_of(self)(self, x)
 
 
 _CONV_KINDS = (*both(nn.Conv2d, _Conv2d), dk.DepthwiseConv2d)
@@ -54,6 +78,8 @@ def _why_not_conv(conv: nn.Conv2d) -> str | None:
     """Why a swapped convolution is PyTorch's own for now; None where it is not."""
     if conv.padding_mode != "zeros":
         return f'padding_mode is {conv.padding_mode!r}; "zeros" is allowed'
+    if not conv.groups == conv.in_channels == conv.weight.shape[0] or conv.weight.shape[1] != 1:
+        return f"it is {conv!r} now"
     return "its _conv_forward was replaced" if "_conv_forward" in conv.__dict__ else None
 
 
@@ -71,7 +97,14 @@ def _why_not_block(block: nn.Module, settings: _BlockSettings) -> str | None:
             return f"{'.'.join(path)} drops with p = {module.p}"
     if getattr(part(block, dialect.act), "approximate", "none") != "none":
         return f"{'.'.join(dialect.act)} is not GELU (erf)"
-    conv = part(block, dialect.conv)
+    if grn_eps(block, dialect) != GRN_EPS:
+        return f"the ε of {'.'.join(dialect.grn)} is {grn_eps(block, dialect)}"
+    drop_path = part(block, dialect.drop_path)
+    if drop_path is not None and type(drop_path) is not nn.Identity and drop_probability(drop_path) is None:
+        return f"the probability of {'.'.join(dialect.drop_path)} is no number"
+    conv, norm = part(block, dialect.conv), part(block, dialect.norm)
+    if norm.weight is not None and norm.weight.shape != (conv.in_channels,):
+        return f"{'.'.join(dialect.norm)} is {norm!r}"
     return None if fits_a_block(conv) else f"{'.'.join(dialect.conv)} is {conv!r}"
 
 
@@ -176,6 +209,8 @@ def accelerate(
             report.skipped.append((name, f"{kind}: filter_fn said no{before}"))
             continue
         reason = _swap_block(module, memory) if kind == "block" else _swap_conv(module)
+        if kind == "block" and isinstance(module, _Block):
+            _swap_conv_of(module, name, filter_fn)
         if reason is not None:
             report.skipped.append((name, f"{kind}: {reason}"))
         else:
@@ -231,8 +266,11 @@ def _kind(module: nn.Module) -> str | None:
 def _describe(module: nn.Module) -> str:
     if isinstance(module, _Block):
         settings = swap_of(module).settings
-        version = "V1" if part(module, settings.dialect.grn) is None else "V2"
+        version = "V1" if grn_of(module, settings.dialect) is None else "V2"
         text, reason = f"ConvNeXt {version} block of {settings.dialect.name}", _why_not_block(module, settings)
+        weight = part(module, settings.dialect.conv).weight
+        if reason is None and not dtypes_agree(module, settings.dialect, weight):
+            reason = "its parameters have several dtypes, of which autocast alone makes one"
     else:
         text, reason = f"depthwise convolution {'×'.join(map(str, module.kernel_size))}", _why_not_conv(module)
     return text if reason is None else f"{text}; for now by its own forward: {reason}"
@@ -244,11 +282,15 @@ def _why_never(module: nn.Module) -> str | None:
         return "it is convnext_fast's own, and runs on the kernels as it is"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a graph that torch.fx traced"
+    if only_argument(original_class(module)) is None:
+        return "its forward takes more than a map, or anything"
     return None
 
 
 def _swap_block(block: nn.Module, memory: str) -> str | None:
-    """Swap ``block`` and the convolution in it, which serves where the block cannot; or say why not."""
+    """Swap ``block``, or say why not."""
     reason = _why_never(block)
     if reason is not None or (isinstance(block, Swapped) and not is_swapped(block)):
         return reason  # None of the latter: it was swapped before its class was derived from
@@ -259,11 +301,18 @@ def _swap_block(block: nn.Module, memory: str) -> str | None:
     conv = part(block, dialect.conv)
     if type(conv) not in _CONV_KINDS:
         return f"{'.'.join(dialect.conv)} is {class_name(conv)}; nn.Conv2d is allowed"
-    _swap_conv(conv)
     parts = ((path, part(block, path)) for path in dialect.known() if path != dialect.conv)
     kinds = tuple((path, () if module is None else (type(module),)) for path, module in parts)
-    swap(block, _Block, _BlockSettings(dialect, kinds, memory))
+    swap(block, _Block, _BlockSettings(dialect, kinds, memory, makes_channels_last(block, dialect)))
     return None
+
+
+def _swap_conv_of(block: nn.Module, name: str, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
+    """Swap the convolution of a swapped block, which serves where the block as a whole cannot."""
+    path = swap_of(block).settings.dialect.conv
+    conv = part(block, path)
+    if isinstance(conv, nn.Conv2d) and (filter_fn is None or filter_fn(conv, ".".join([name, *path]).lstrip("."))):
+        _swap_conv(conv)
 
 
 def _swap_conv(conv: nn.Conv2d) -> str | None:

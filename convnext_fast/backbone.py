@@ -233,14 +233,14 @@ def _eps(norm_cfg: dict | None) -> float:
 
 
 def pyramid_stages(model: nn.Module) -> nn.Sequential:
-    """The stages of a ConvNeXt, usually four, each with the downsampling before it, as children "0", "1", ... of a sequence.
+    """The stages of a ConvNeXt, each with the downsampling before it, as children "0", "1", ... of a sequence.
 
     This is what ``torchvision.models._utils.IntermediateLayerGetter`` and ``BackboneWithFPN`` take. Modules are shared
     with ``model``; its head and what follows the last stage are left out, so that no parameter is idle.
 
     Args:
-        model: a ConvNeXt of this package, the original repositories, timm (also ``features_only``), torchvision, Hugging
-            Face or mmpretrain.
+        model: a ConvNeXt of this package, the original repositories, timm (also ``features_only``), torchvision,
+            Hugging Face or mmpretrain.
 
     Raises:
         ValueError: ``model`` is none of these.

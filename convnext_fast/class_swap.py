@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -26,7 +27,10 @@ class Swap:
 
 
 class Swapped:
-    """What every such subclass has in front of its original class. See :func:`swap`."""
+    """What every such subclass has in front of its original class. See :func:`swap`.
+
+    A subclass of this one has ``_convnext_fast_run(self, x)``, which is the new forward.
+    """
 
     # The only attribute that our classes add, and looked up in classes: a module may have any other one itself.
     _convnext_fast_swap: Swap
@@ -36,6 +40,9 @@ class Swapped:
         if (args or kwargs) and "_convnext_fast_swap" in cls.__dict__:
             return cls._convnext_fast_swap.original(*args, **kwargs)
         return object.__new__(cls)
+
+    def __init_subclass__(cls, **kwargs):
+        """What a library does with every subclass, such as to register its name, is not done with ours."""
 
     def __reduce_ex__(self, protocol):
         """Copies and pickles name the original class, and make the subclass anew."""
@@ -81,6 +88,27 @@ def both(kind: type[nn.Module], mixin: type[Swapped]) -> tuple[type[nn.Module], 
     return kind, _swapped_class(Swap(kind, mixin, None))
 
 
+def forward_of(module: nn.Module):
+    """The original ``forward(module, x)``."""
+    return swap_of(module).original.forward
+
+
+def only_argument(cls: type[nn.Module]) -> str | None:
+    """What ``forward`` of ``cls`` calls its argument; None where it does not have exactly one."""
+    _, *parameters = inspect.signature(cls.forward).parameters.values()
+    one = len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return parameters[0].name if one else None
+
+
+def _forward(self, x):
+    return swap_of(self).mixin._convnext_fast_run(self, x)
+
+
+def _forward_of_argument(name: str):
+    """:func:`_forward` with another name for x: callers by keyword, exporters and tracers go by it."""
+    return types.FunctionType(_forward.__code__.replace(co_varnames=("self", name)), globals(), "forward")
+
+
 @functools.cache
 def _swapped_class(made_of: Swap) -> type[nn.Module]:
     original = made_of.original
@@ -89,6 +117,7 @@ def _swapped_class(made_of: Swap) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_convnext_fast_swap": made_of,
+        "forward": _forward_of_argument(only_argument(original)),
     }
     bases = made_of.mixin, original
     return types.new_class(original.__name__, bases, exec_body=lambda namespace: namespace.update(body))

@@ -2,8 +2,9 @@
 
 ``timm.create_model("convnext_fast_tiny", pretrained=True)`` is ``timm.create_model("convnext_tiny", pretrained=True)``
 and :func:`convnext_fast.accelerate`: the same arguments, weights, parameter names and methods. So for every name that
-begins with ``convnext_`` or ``convnextv2_``, with tags (``convnext_fast_tiny.in12k_ft_in1k``), ``features_only=True``, and
-where others go by timm's names: ``segmentation_models_pytorch.Unet("tu-convnext_fast_tiny")``.
+begins with ``convnext_`` or ``convnextv2_``, with tags (``convnext_fast_tiny.in12k_ft_in1k``), ``features_only=True``,
+and where others go by timm's names: ``segmentation_models_pytorch.Unet("tu-convnext_fast_tiny")``. Not with
+``scriptable=True``: torch.jit.script needs :func:`convnext_fast.restore` first.
 """
 
 from __future__ import annotations

@@ -361,13 +361,17 @@ def engages(x: Tensor) -> bool:
     """Can an operator of this package do something else with x than PyTorch's own operators do, and is it to?
 
     Cheap, for modules that have a forward of their own to fall back to. True under every backend that somebody asked
-    for; under ``auto`` for floating-point tensors on a GPU that kernels run on. Never while exporting or tracing, nor
-    for proxies of torch.fx.
+    for; under ``auto`` for floating-point tensors on a GPU that kernels run on, and not for torch.func's transforms and
+    forward-mode derivatives. Never while exporting or tracing, nor for proxies of torch.fx.
     """
     if not isinstance(x, Tensor) or exporting():
         return False
     if _backend != "auto":
         return True
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
     if not x.is_cuda or INTERPRETER or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
     return _why_not_triton() is None and _why_not_cuda(x.device.index if x.device.index is not None else -1) is None

@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnext_fast
 import dwconv_kernels as dk
-from convnext_fast.class_swap import is_swapped, swap_of, unswap
+from convnext_fast.class_swap import is_swapped, swap_of
 
 from .accelerated import assert_all_close, assert_unchanged, outputs_and_gradients
-from .networks import CLASSIFIERS, DEPTHS, VARIANTS, Original, huggingface, images, ours, randomise, timm, torchvision
+from .networks import CLASSIFIERS, DEPTHS, VARIANTS, huggingface, images, ours, randomise, timm, torchvision
 
 BLOCKS = sum(DEPTHS)
 
@@ -36,6 +35,10 @@ class Operators(TorchDispatchMode):
         if namespace == "dwconv_kernels":
             self.ran[name] += 1
         return function(*args, **(kwargs or {}))
+
+
+def child(model, name):
+    return model.get_submodule(f"stages.1.blocks.0.{name}")
 
 
 def operators_of(model, x=None) -> dict[str, int]:
@@ -232,263 +235,6 @@ def test_ordinary_convolutions_are_no_candidates():
     )
     with pytest.warns(UserWarning, match="0 blocks or depthwise convolutions"):
         assert convnext_fast.accelerate(model).skipped == []
-
-
-# What a fork may do to a block that has the names of one.
-
-
-class Wider(Original):
-    """Blocks whose forward somebody changed."""
-
-    @staticmethod
-    def build(change):
-        model = randomise(Original())
-        for stage in model.stages:
-            for block in stage:
-                block.__class__ = change
-        return model
-
-
-def block_class():
-    return type(Original().stages[0][0])
-
-
-class Undoubled(block_class()):
-    def forward(self, x):
-        return super().forward(x) - x
-
-
-class OnlyInTraining(block_class()):
-    def forward(self, x):
-        return super().forward(x) * (2 if self.training else 1)
-
-
-class TwoArguments(block_class()):
-    def forward(self, x, mask):
-        return super().forward(x) * mask
-
-
-class TheSame(block_class()):
-    def forward(self, x):
-        return super().forward(x) + 0
-
-
-@pytest.mark.parametrize("change", [Undoubled, OnlyInTraining, TwoArguments])
-def test_blocks_that_compute_something_else_are_left_alone(change):
-    model = Wider.build(change)
-    report = convnext_fast.accelerate(model)
-    assert {why.partition(";")[0] for name, why in report.skipped} == {
-        "block: its forward computes something else than x + drop_path(γ · fc2(grn(gelu(fc1(norm(conv(x)))))))"
-    }
-    assert [name.split(".")[-1] for name, _ in report.swapped] == ["dwconv"] * BLOCKS
-    if change is not TwoArguments:
-        assert operators_of(model) == {"depthwise_conv2d": BLOCKS}
-
-
-def test_forks_that_compute_the_same_are_swapped():
-    report = assert_unchanged(Wider.build(TheSame), images(), BLOCKS)
-    assert not report.skipped
-
-
-class Shifted(nn.LayerNorm):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-class HalfPath(nn.Module):
-    drop_prob = 0.5
-
-    def forward(self, x):
-        return x * torch.empty_like(x).bernoulli_(0.5) * 2 if self.training else x
-
-
-def child(model, name):
-    return model.get_submodule(f"stages.1.blocks.0.{name}")
-
-
-def replace(model, name, new):
-    parent, _, last = name.rpartition(".")
-    old = child(model, name)
-    setattr(child(model, parent) if parent else model.stages[1].blocks[0], last, new)
-    if {k: v.shape for k, v in new.state_dict().items()} == {k: v.shape for k, v in old.state_dict().items()}:
-        new.load_state_dict(old.state_dict())
-
-
-@pytest.mark.parametrize("name, new, reason", [
-    ("norm", lambda: nn.GroupNorm(1, 12), "norm is torch.nn.modules.normalization.GroupNorm; a layer norm"),
-    ("norm", lambda: Shifted(12), "Shifted; a layer norm over the channels is allowed"),
-    ("mlp.act", nn.SiLU, r"mlp.act is SiLU\(\); GELU"),
-    ("mlp.act", lambda: nn.GELU("tanh"), r"mlp.act is GELU\(approximate='tanh'\)"),
-    ("mlp.fc1", lambda: nn.Sequential(nn.Linear(12, 48)), "mlp.fc1 is torch.nn.modules.container.Sequential"),
-    ("mlp.fc2", lambda: nn.Conv2d(48, 12, 1, padding=1), "mlp.fc2 is torch.nn.modules.conv.Conv2d; nn.Linear or a 1×1"),
-    ("shortcut", lambda: nn.Conv2d(12, 12, 1), "computes something else"),
-    ("drop_path", HalfPath, "HalfPath, which does not drop whole images"),
-    ("drop_path", lambda: nn.Dropout(0.5), "Dropout, which does not drop whole images"),
-    ("mlp.norm", lambda: nn.LayerNorm(48), "computes something else"),
-], ids=lambda value: getattr(value, "__name__", str(value))[:30])  # fmt: skip
-def test_parts_that_are_none(model, name, new, reason):
-    replace(model, name, new())
-    report = convnext_fast.accelerate(model)
-    (why,) = [why for module, why in report.skipped if module == "stages.1.blocks.0"]
-    assert re.search(reason, why), why
-    assert len(report.swapped) == BLOCKS
-    assert ("stages.1.blocks.0.conv_dw", "depthwise convolution 7×7") in report.swapped
-
-
-def test_a_further_child_is_not_overlooked(model):
-    model.stages[1].blocks[0].adapter = nn.Linear(12, 12)
-    report = convnext_fast.accelerate(model)
-    assert report.skipped == [
-        (
-            "stages.1.blocks.0",
-            "block: its child adapter (torch.nn.modules.linear.Linear) has no part in a ConvNeXt block",
-        )
-    ]
-
-
-def test_other_epsilons(model):
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 0.3
-    assert_unchanged(model, images(), BLOCKS)
-    v2 = randomise(timm(v2=True))
-    v2.stages[1].blocks[0].mlp.grn.eps = 1e-2
-    report = assert_unchanged(v2, images(), BLOCKS)
-    assert report.skipped == [("stages.1.blocks.0", "block: the ε of mlp.grn is 0.01; 1e-06 is allowed")]
-
-
-# What happens to children later, and is looked at in every call.
-
-
-def hook(module):
-    module.register_forward_hook(lambda *_: None)
-
-
-def pre_hook(module):
-    module.register_forward_pre_hook(lambda *_: None)
-
-
-def backward_hook(module):
-    module.register_full_backward_hook(lambda *_: None)
-
-
-def tripled_forward(module):
-    original = module.forward
-    module.forward = lambda x: 3 * original(x)
-
-
-class Tripled(nn.Module):
-    def forward(self, weight):
-        return 3 * weight
-
-
-def parametrised(module):
-    parametrize.register_parametrization(module, "weight", Tripled())
-
-
-def circular(module):
-    module.padding_mode, module._reversed_padding_repeated_twice = "circular", [3, 3, 3, 3]
-
-
-@pytest.mark.parametrize("name, change, said", [
-    *((name, change, f"{name} has hooks, or a forward")
-      for name in ("conv_dw", "norm", "mlp", "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.fc2", "drop_path", "shortcut")
-      for change in (hook, pre_hook, backward_hook)),
-    ("mlp.fc1", tripled_forward, "mlp.fc1 has hooks, or a forward"),
-    ("mlp.fc1", parametrised, "mlp.fc1 is torch.nn.utils.parametrize"),
-    ("norm", lambda m: nn.utils.parametrizations.weight_norm(m, dim=None), None),
-    ("mlp.drop2", lambda m: setattr(m, "p", 0.5), None),
-    ("conv_dw", circular, "conv_dw is Conv2d"),
-    ("conv_dw", lambda m: m.__dict__.update(dilation=(2, 2), padding=(6, 6)), "conv_dw is Conv2d"),
-], ids=lambda value: getattr(value, "__name__", str(value)[:20]))  # fmt: skip
-def test_children_that_change_are_called(model, name, change, said):
-    convnext_fast.accelerate(model)
-    assert operators_of(model) == {"convnext_block": BLOCKS}
-    change(child(model, name))
-    if said is not None:
-        ran = operators_of(model)
-        assert ran["convnext_block"] == BLOCKS - 1
-        (text,) = [what for module, what in convnext_fast.accelerate(model).swapped if module == "stages.1.blocks.0"]
-        assert text.startswith("ConvNeXt V1 block of timm; for now by its own forward: ")
-        assert said in text
-    actual = outputs_and_gradients(model, images())
-    with dk.backend("torch"):
-        composed = outputs_and_gradients(model, images())
-    for module in model.modules():  # `restore` would refuse what parametrisation derived from our class
-        if is_swapped(module):
-            unswap(module)
-    expected = outputs_and_gradients(model, images())
-    assert_all_close(actual, expected)
-    assert_all_close(composed, expected)
-
-
-def test_replaced_children_are_called(model):
-    convnext_fast.accelerate(model)
-    replace(model, "norm", Shifted(12))
-    assert operators_of(model) == {"convnext_block": BLOCKS - 1, "depthwise_conv2d": 1}
-    del model.stages[1].blocks[1].shortcut
-    with pytest.raises(AttributeError, match="shortcut"):  # as the original says
-        model(images())
-
-
-def test_dropout_in_training_only(model):
-    convnext_fast.accelerate(model)
-    child(model, "mlp.drop1").p = 0.5
-    assert operators_of(model) == {"convnext_block": BLOCKS}
-    assert operators_of(model.train()) == {"convnext_block": BLOCKS - 1, "depthwise_conv2d": 1}
-    report = convnext_fast.accelerate(model)
-    assert "mlp.drop1 drops with p = 0.5" in dict(report.swapped)["stages.1.blocks.0"]
-
-
-def test_hooks_on_all_modules(model):
-    convnext_fast.accelerate(model)
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        assert operators_of(model) == {"depthwise_conv2d": BLOCKS}
-    finally:
-        handle.remove()
-    assert operators_of(model) == {"convnext_block": BLOCKS}
-
-
-def test_grad_cam(model):
-    """The maps and gradients that hooks on a convolution and on a norm see are those of the network before."""
-
-    def seen(network):
-        got = {}
-        for name in ("stages.3.blocks.0.conv_dw", "stages.3.blocks.0.norm"):
-            module = network.get_submodule(name)
-            module.register_forward_hook(lambda m, args, y, name=name: got.__setitem__(name, y))
-            module.register_full_backward_hook(lambda m, gin, gout, name=name: got.__setitem__(name + "'", gout[0]))
-        network(images())[:, 2].sum().backward()
-        return [got[name].detach() for name in sorted(got)]
-
-    expected = seen(copy.deepcopy(model))
-    convnext_fast.accelerate(model)
-    for backend in ("auto", "torch", "reference"):
-        with dk.backend(backend):
-            actual = seen(copy.deepcopy(model))
-        assert len(actual) == 4
-        assert_all_close(actual, expected)
-
-
-def test_instances_with_a_forward_of_their_own_are_left_alone(model):
-    tripled_forward(model.stages[1].blocks[0])
-    tripled_forward(model.stages[1].blocks[1].conv_dw)
-    report = convnext_fast.accelerate(model)
-    assert ("stages.1.blocks.0", "block: its forward was replaced on the instance") in report.skipped
-    assert len(report.swapped) == BLOCKS
-
-
-def test_parameters_of_several_dtypes():
-    """Norms in fp32 inside a bf16 network: what comes out is for the modules to say."""
-    model = randomise(huggingface())
-    convnext_fast.accelerate(model)
-    model.to(torch.bfloat16)
-    block = model.convnext.encoder.stages[0].layers[0]
-    x = torch.randn(1, 8, 8, 8, dtype=torch.bfloat16)
-    assert operators_of(block, x) == {"convnext_block": 1}
-    block.layernorm.float()
-    assert operators_of(block, x) == {"depthwise_conv2d": 1}
 
 
 @pytest.mark.parametrize("library", [timm, torchvision, huggingface])
