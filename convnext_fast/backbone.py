@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .accelerate import accelerate
 from .block import GRN, DropPath
 from .block_dialects import dialect_of, part
-from .model import LayerNorm2d, drop_path_rates
+from .model import LayerNorm2d, check_integer, drop_path_rates, four_positive, stage_indices
 
 ARCHITECTURES = {  # as mmpretrain calls them: (depths, channels)
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
@@ -33,7 +33,7 @@ class _FlatGRN(GRN):
     """GRN with parameters of shape (C,), as mmpretrain keeps them."""
 
     def __init__(self, dim: int):
-        super().__init__(dim)
+        nn.Module.__init__(self)
         self.gamma, self.beta = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
 
@@ -78,8 +78,9 @@ def _pointwise(layer: nn.Module, t: Tensor) -> Tensor:
 class ConvNeXtBackbone(nn.Module):
     """ConvNeXt V1 and V2 with the arguments, parameter names and results of mmpretrain's backbone, on the kernels.
 
-    So configs and checkpoints of mmpretrain, mmdetection and mmsegmentation fit as they are; nothing of OpenMMLab is
-    needed (``convnext_fast.mmengine_registry`` registers it there, as ``ConvNeXtFast``).
+    So configs of four stages and checkpoints of mmpretrain, mmdetection and mmsegmentation fit as they are; nothing of
+    OpenMMLab is needed (``convnext_fast.mmengine_registry`` registers it there, as ``ConvNeXtFast``). What is drawn by
+    drop path are other numbers than mmcv's, with the same probabilities.
 
     Args:
         arch: a name out of :data:`ARCHITECTURES`, or ``{"depths": four numbers, "channels": four numbers}``.
@@ -93,7 +94,7 @@ class ConvNeXtBackbone(nn.Module):
         drop_path_rate: probability of dropping a block's branch, growing linearly from 0 to this over all blocks.
         layer_scale_init_value: initial layer scale; 0 builds blocks without it, as V2 does.
         out_indices: the stages whose maps are returned, one or several; negative ones are counted from the end.
-        frozen_stages: how many stages from the first on stay in eval mode and have no gradients.
+        frozen_stages: how many stages from the first on stay in eval mode and have no gradients; none if negative.
         gap_before_final_norm: average each map over its pixels before its norm, and return (N, C): for classifiers.
         with_cp: blocks keep their input alone and compute the rest a second time in the backward pass.
 
@@ -123,17 +124,14 @@ class ConvNeXtBackbone(nn.Module):
         super().__init__()
         self.depths, self.channels = _sizes(arch)
         self.out_indices = _indices(out_indices)
-        if frozen_stages not in range(5):
-            raise ValueError(f"frozen_stages is {frozen_stages!r}; 0 to 4 is allowed")
+        check_integer("in_channels", in_channels, 1)
+        check_integer("stem_patch_size", stem_patch_size, 1)
+        if not isinstance(frozen_stages, int) or frozen_stages > 4:
+            raise ValueError(f"frozen_stages is {frozen_stages!r}; an integer up to 4 is allowed")
         self.frozen_stages, self.gap_before_final_norm = frozen_stages, gap_before_final_norm
         eps = _eps(norm_cfg)
         if act_cfg is not None and act_cfg != {"type": "GELU"}:
             raise ValueError(f'act_cfg is {act_cfg!r}; {{"type": "GELU"}} is allowed')
-        self.feature_info = [
-            {"num_chs": dim, "reduction": stem_patch_size << i, "module": f"stages.{i}"}
-            for i, dim in enumerate(self.channels)
-        ]
-
         stem = nn.Conv2d(in_channels, self.channels[0], stem_patch_size, stride=stem_patch_size)
         self.downsample_layers = nn.ModuleList([nn.Sequential(stem, LayerNorm2d(self.channels[0], eps=eps))])
         for dim, next_dim in pairwise(self.channels):
@@ -210,26 +208,32 @@ def _sizes(arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
         depths, channels = tuple(arch["depths"]), tuple(arch["channels"])
     except (KeyError, TypeError):
         raise ValueError(f'arch is {arch!r}; a dict with "depths" and "channels" is allowed') from None
-    if len(depths) != 4 or len(channels) != 4 or min(depths) < 1 or min(channels) < 1:
+    if not (four_positive(depths) and four_positive(channels)):
         raise ValueError(f"arch is {arch!r}; four positive depths and four positive channels are allowed")
     return depths, channels
 
 
 def _indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    indices = tuple(i + 4 if i < 0 else i for i in given)
-    if not indices or any(i not in range(4) for i in indices) or len(set(indices)) != len(indices):
-        raise ValueError(f"out_indices is {out_indices!r}; one or several of the stages 0 to 3 are allowed")
-    return tuple(sorted(indices))  # maps come in the order of the stages
+    if out_indices is None:
+        raise ValueError("out_indices is None; one or several of the stages 0 to 3 are allowed")
+    # Maps come in the order of the stages.
+    return tuple(sorted(stage_indices((out_indices,) if isinstance(out_indices, int) else out_indices)))
 
 
 def _eps(norm_cfg: dict | None) -> float:
     norm_cfg = {"type": "LN2d", "eps": 1e-6} if norm_cfg is None else norm_cfg
-    if norm_cfg.get("type") != "LN2d" or set(norm_cfg) - {"type", "eps", "requires_grad"}:
+    if (
+        not isinstance(norm_cfg, dict)
+        or norm_cfg.get("type") != "LN2d"
+        or set(norm_cfg) - {"type", "eps", "requires_grad"}
+    ):
         raise ValueError(
             f'norm_cfg is {norm_cfg!r}; {{"type": "LN2d", "eps": a number, "requires_grad": a bool}} is allowed'
         )
-    return float(norm_cfg.get("eps", 1e-5))
+    eps = norm_cfg.get("eps", 1e-5)
+    if not isinstance(eps, (int, float)) or eps < 0:
+        raise ValueError(f"the eps of norm_cfg is {eps!r}; a number from 0 up is allowed")
+    return float(eps)
 
 
 def pyramid_stages(model: nn.Module) -> nn.Sequential:
@@ -243,8 +247,14 @@ def pyramid_stages(model: nn.Module) -> nn.Sequential:
             Hugging Face or mmpretrain.
 
     Raises:
-        ValueError: ``model`` is none of these.
+        ValueError: ``model`` is none of these, or has frozen stages or checkpoints its stages, which it does by itself.
     """
+    if getattr(model, "frozen_stages", 0) > 0:
+        raise ValueError(f"model has frozen_stages={model.frozen_stages}, which are lost here; 0 is allowed")
+    if getattr(model, "grad_checkpointing", False):
+        raise ValueError(
+            "model has set_grad_checkpointing() on, which is lost here; build it with memory='lean', which saves as much"
+        )
     stages = _stages(model)
     if not stages or any(_channels(stage) is None for stage in stages):
         raise ValueError(

@@ -237,6 +237,9 @@ def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[st
     _warn_if_norm_moves(source, goal.layout)
     found, mismatched, dropped, unexpected = {}, [], list(source.outside), []
     ends_before = _ends_before(goal)
+    same = source.layout.dialect == goal.layout.dialect
+    # mmpretrain's classifiers call their final norm as its backbones call that of the last map, and load it there.
+    namesakes = {_within(goal, key): key for key in goal.names.values()} if same else {}
 
     def place(key: str, tensor: Tensor) -> None:
         if tensor.shape == target[key].shape:
@@ -249,10 +252,11 @@ def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[st
         if name in goal.names:
             key = goal.names[name]
             place(key, shape_like(field, name, tensor, target[key].shape))
+        elif _within(source, source.names[name]) in namesakes:
+            place(namesakes[_within(source, source.names[name])], tensor)
         else:
             (dropped if ends_before(field, name) else unexpected).append(source.names[name])
     # Variants that only one library has (timm's overlapping stems) are unknown here, but the same on both sides.
-    same = source.layout.dialect == goal.layout.dialect
     theirs = {_within(goal, key): key for key in goal.unknown} if same else {}
     for key in source.unknown:
         if _within(source, key) in theirs:

@@ -150,14 +150,14 @@ class ConvNeXt(_Classifier):
     ):
         super().__init__()
         depths, dims = tuple(depths), tuple(dims)
-        _check_sizes(in_chans, num_classes, patch_size)
-        if len(depths) != 4 or len(dims) != 4 or min(depths) < 1 or min(dims) < 1:
+        check_sizes(in_chans, num_classes, patch_size)
+        if not (four_positive(depths) and four_positive(dims)):
             raise ValueError(f"depths is {depths} and dims is {dims}; four positive numbers each are allowed")
         if out_indices is not None and not features_only:
             raise ValueError("out_indices is given without features_only=True, which is what returns those maps")
         made = {"device": device, "dtype": dtype}
         # A feature extractor ends with its last map: DistributedDataParallel wants no idle parameters.
-        self.out_indices = _stage_indices(out_indices) if features_only else None
+        self.out_indices = stage_indices(out_indices) if features_only else None
         count = max(self.out_indices) + 1 if features_only else 4
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         depths, dims = depths[:count], dims[:count]
@@ -194,7 +194,7 @@ class ConvNeXt(_Classifier):
     def forward_maps(self, x: Tensor, out_indices: Sequence[int] | None = None) -> list[Tensor]:
         """The maps (N, C_i, H_i, W_i) after the stages ``out_indices`` (all there are by default), not normalised."""
         self._check_images(x)
-        wanted = tuple(range(len(self.stages))) if out_indices is None else _stage_indices(out_indices)
+        wanted = tuple(range(len(self.stages))) if out_indices is None else stage_indices(out_indices)
         if max(wanted) >= len(self.stages):
             raise ValueError(
                 f"out_indices is {tuple(out_indices)}; this network was built with {len(self.stages)} stages"
@@ -248,7 +248,7 @@ class ConvNeXtIsotropic(_Classifier):
         dtype=None,
     ):
         super().__init__()
-        _check_sizes(in_chans, num_classes, patch_size)
+        check_sizes(in_chans, num_classes, patch_size)
         made = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dim
         self.reduction = patch_size
@@ -286,17 +286,25 @@ def drop_path_rates(rate: float, count: int) -> list[float]:
     return torch.linspace(0, rate, count, device="cpu").tolist()
 
 
-def _check_sizes(in_chans: int, num_classes: int, patch_size: int) -> None:
+def four_positive(numbers: Sequence) -> bool:
+    return len(numbers) == 4 and all(isinstance(number, int) and number > 0 for number in numbers)
+
+
+def check_sizes(in_chans: int, num_classes: int, patch_size: int) -> None:
     for name, value, lowest in (
         ("in_chans", in_chans, 1),
         ("num_classes", num_classes, 0),
         ("patch_size", patch_size, 1),
     ):
-        if not isinstance(value, int) or value < lowest:
-            raise ValueError(f"{name} is {value!r}; an integer of at least {lowest} is allowed")
+        check_integer(name, value, lowest)
 
 
-def _stage_indices(out_indices: Sequence[int] | None) -> tuple[int, ...]:
+def check_integer(name: str, value: int, lowest: int) -> None:
+    if not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name} is {value!r}; an integer of at least {lowest} is allowed")
+
+
+def stage_indices(out_indices: Sequence[int] | None) -> tuple[int, ...]:
     if out_indices is None:
         return (0, 1, 2, 3)
     if not isinstance(out_indices, Sequence):

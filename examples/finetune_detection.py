@@ -41,7 +41,8 @@ def parameter_groups(model, lr, decay=0.8, weight_decay=0.05):
     groups = {}
     for name, parameter in model.named_parameters():
         stage = int(name.split(".")[2]) if name.startswith("backbone.body.") else 4
-        groups.setdefault((stage, parameter.ndim > 1), []).append(parameter)
+        # Layer scales are (C, 1, 1) in torchvision's networks, GRN's parameters (1, 1, 1, C) in Hugging Face's.
+        groups.setdefault((stage, parameter.squeeze().ndim > 1), []).append(parameter)
     return [
         {"params": parameters, "lr": lr * decay ** (4 - stage), "weight_decay": weight_decay * decays}
         for (stage, decays), parameters in groups.items()

@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 
 class _Missing(types.ModuleType):
@@ -25,9 +26,11 @@ def install() -> None:
     Those import names that transformers no longer has, and `mmpretrain.models` imports them with its backbones. Call
     this before anything imports mmcv.
     """
-    if importlib.util.find_spec("mmcv") is None:
+    spec = importlib.util.find_spec("mmcv")
+    if spec is None:
         return
-    for name in ("mmcv._ext", "mmpretrain.models.multimodal"):
+    compiled = any(Path(spec.origin).parent.glob("_ext*"))
+    for name in ("mmpretrain.models.multimodal",) if compiled else ("mmcv._ext", "mmpretrain.models.multimodal"):
         if name not in sys.modules:
             module = sys.modules[name] = _Missing(name)
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)

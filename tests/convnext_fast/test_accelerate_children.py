@@ -1,4 +1,4 @@
-"""Children of blocks that are replaced, changed, watched or of another kind: they are called, and the report says so."""
+"""Children of blocks that are replaced, changed, watched or of another kind: they are called; the report says so."""
 
 import copy
 import re

@@ -87,6 +87,10 @@ def test_checkpoint_of_mmpretrain():
     model = ConvNeXtBackbone({"depths": (1, 1, 1, 1), "channels": DIMS})
     model.load_state_dict(state, strict=True)
     convnext_fast.load_checkpoint(model, mmpretrain_state())
+    detector = ConvNeXtBackbone({"depths": (1, 1, 1, 1), "channels": DIMS}, out_indices=(0, 1, 2, 3))
+    report = convnext_fast.load_checkpoint(detector, mmpretrain_state(), strict=False)
+    assert torch.equal(detector.norm3.weight, state["norm3.weight"])
+    assert [name for name, _ in report.missing] == [f"norm{i}.{p}" for i in range(3) for p in ("weight", "bias")]
 
 
 def test_frozen_stages_stay_frozen():
@@ -97,16 +101,27 @@ def test_frozen_stages_stay_frozen():
             assert module.training == (i >= 2)
             assert all(p.requires_grad == (i >= 2) for p in module.parameters())
     assert model.norm0.training
+    assert all(p.requires_grad for p in small(frozen_stages=-1).parameters())
+    with pytest.raises(ValueError, match="model has frozen_stages=2, which are lost here"):
+        convnext_fast.pyramid_stages(model)
 
 
 @pytest.mark.parametrize("settings, message", [
     ({"arch": "giant"}, "arch is 'giant'; atto, femto"),
     ({"arch": {"depths": (1, 1, 1, 1)}}, 'a dict with "depths" and "channels"'),
     ({"arch": {"depths": (1, 1), "channels": (8, 8)}}, "four positive depths"),
-    ({"out_indices": 4}, "out_indices is 4; one or several of the stages 0 to 3"),
+    ({"out_indices": 4}, "out_indices is .*4.*; different stages out of 0, 1, 2, 3"),
     ({"out_indices": (1, -3)}, r"out_indices is \(1, -3\)"),
     ({"out_indices": ()}, "out_indices is"),
-    ({"frozen_stages": 5}, "frozen_stages is 5; 0 to 4"),
+    ({"out_indices": None}, "out_indices is None"),
+    ({"out_indices": 2.0}, "out_indices is 2.0"),
+    ({"arch": {"depths": (1.0, 1, 1, 1), "channels": DIMS}}, "four positive depths"),
+    ({"frozen_stages": 5}, "frozen_stages is 5; an integer up to 4"),
+    ({"frozen_stages": 1.0}, "frozen_stages is 1.0"),
+    ({"in_channels": 0}, "in_channels is 0; an integer of at least 1"),
+    ({"stem_patch_size": 0}, "stem_patch_size is 0"),
+    ({"norm_cfg": "LN2d"}, "norm_cfg is 'LN2d'"),
+    ({"norm_cfg": {"type": "LN2d", "eps": "a"}}, "the eps of norm_cfg is 'a'"),
     ({"norm_cfg": {"type": "BN"}}, "norm_cfg is .*BN.*LN2d"),
     ({"norm_cfg": {"type": "LN2d", "foo": 3}}, "norm_cfg is .*foo.*LN2d"),
     ({"act_cfg": {"type": "ReLU"}}, "act_cfg is .*ReLU.*GELU"),
@@ -245,6 +260,13 @@ def test_pyramid_stages_of_feature_extractors():
         maps.append(stage(maps[-1] if maps else x))
     assert_all_close(maps, model(x))
     assert len(convnext_fast.pyramid_stages(ours(features_only=True, out_indices=(0, 1)))) == 2
+
+
+def test_pyramid_stages_refuse_to_lose_checkpointing():
+    model = ours()
+    model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="set_grad_checkpointing"):
+        convnext_fast.pyramid_stages(model)
 
 
 @pytest.mark.parametrize(
