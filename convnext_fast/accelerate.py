@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,16 @@ def _would_lose_tf32(block: nn.Module, dialect: BlockDialect, x: Tensor) -> bool
         and dk.current_backend() == "auto"
         and dk.tf32_in_convolutions_alone()
     )
+
+
+def _why_not_parameters(block: nn.Module, dialect: BlockDialect) -> str | None:
+    """The same for dtypes, of maps that have that of the parameters."""
+    weight = part(block, dialect.conv).weight
+    if not dtypes_agree(block, dialect, weight):
+        return "its parameters have several dtypes, of which autocast alone makes one"
+    if weight.is_cuda and _would_lose_tf32(block, dialect, weight):
+        return "in fp32 its 1×1 convolutions may be TF32, and linear layers may not"
+    return "its parameters are float64" if weight.dtype == torch.float64 else None
 
 
 def _what_happened(module: nn.Module, kinds: tuple[type, ...]) -> str:
@@ -267,10 +277,8 @@ def _describe(module: nn.Module) -> str:
     if isinstance(module, _Block):
         settings = swap_of(module).settings
         version = "V1" if grn_of(module, settings.dialect) is None else "V2"
-        text, reason = f"ConvNeXt {version} block of {settings.dialect.name}", _why_not_block(module, settings)
-        weight = part(module, settings.dialect.conv).weight
-        if reason is None and not dtypes_agree(module, settings.dialect, weight):
-            reason = "its parameters have several dtypes, of which autocast alone makes one"
+        text = f"ConvNeXt {version} block of {settings.dialect.name}"
+        reason = _why_not_block(module, settings) or _why_not_parameters(module, settings.dialect)
     else:
         text, reason = f"depthwise convolution {'×'.join(map(str, module.kernel_size))}", _why_not_conv(module)
     return text if reason is None else f"{text}; for now by its own forward: {reason}"
@@ -285,7 +293,7 @@ def _why_never(module: nn.Module) -> str | None:
     if isinstance(module, torch.fx.GraphModule):
         return "it is a graph that torch.fx traced"
     if only_argument(original_class(module)) is None:
-        return "its forward takes more than a map, or anything"
+        return "its forward does not take a map alone"
     return None
 
 
@@ -296,8 +304,11 @@ def _swap_block(block: nn.Module, memory: str) -> str | None:
         return reason  # None of the latter: it was swapped before its class was derived from
     dialect = dialect_of(block)
     reason = unlike(block, dialect)
-    if reason is not None:  # a block that was swapped before stays so, and calls its children for as long as it has to
-        return None if is_swapped(block) else reason
+    if reason is not None and is_swapped(block):  # it stays so, and calls its children for as long as it has to
+        swap(block, _Block, replace(swap_of(block).settings, memory=memory))
+        return None
+    if reason is not None:
+        return reason
     conv = part(block, dialect.conv)
     if type(conv) not in _CONV_KINDS:
         return f"{'.'.join(dialect.conv)} is {class_name(conv)}; nn.Conv2d is allowed"

@@ -80,7 +80,7 @@ class ConvNeXtBackbone(nn.Module):
 
     So configs of four stages and checkpoints of mmpretrain, mmdetection and mmsegmentation fit as they are; nothing of
     OpenMMLab is needed (``convnext_fast.mmengine_registry`` registers it there, as ``ConvNeXtFast``). What is drawn by
-    drop path are other numbers than mmcv's, with the same probabilities.
+    drop path are other numbers than mmcv's, with the same probabilities; maps have channels_last strides.
 
     Args:
         arch: a name out of :data:`ARCHITECTURES`, or ``{"depths": four numbers, "channels": four numbers}``.
@@ -253,7 +253,8 @@ def pyramid_stages(model: nn.Module) -> nn.Sequential:
         raise ValueError(f"model has frozen_stages={model.frozen_stages}, which are lost here; 0 is allowed")
     if getattr(model, "grad_checkpointing", False):
         raise ValueError(
-            "model has set_grad_checkpointing() on, which is lost here; build it with memory='lean', which saves as much"
+            "model has set_grad_checkpointing() on, which is lost here; build it with memory='lean', which saves as "
+            "much"
         )
     stages = _stages(model)
     if not stages or any(_channels(stage) is None for stage in stages):
@@ -311,7 +312,8 @@ def fpn_backbone(
         from torchvision.models.detection.backbone_utils import BackboneWithFPN
     except ImportError as error:
         raise ImportError(f"fpn_backbone needs torchvision (pip install torchvision): {error}") from error
-    stages, wanted = pyramid_stages(model), _indices(out_indices)
+    stages = pyramid_stages(model)
+    wanted = _indices([i + len(stages) if i < 0 else i for i in out_indices])
     if wanted[-1] >= len(stages):
         raise ValueError(f"out_indices is {tuple(out_indices)!r}; this network was built with {len(stages)} stages")
     channels = [_channels(stages[i]) for i in wanted]

@@ -288,8 +288,8 @@ def _ends_before(goal: Network) -> Callable[[str, str], bool]:
             return False
         if field in ("head", "pre_logits"):
             return True
-        if field in ("final_norm", "stage_norm"):
-            return field not in fields
+        if field in ("final_norm", "stage_norm"):  # of the latter, a model may have some
+            return field == "stage_norm" or field not in fields
         stage = re.match(r"(?:stages|downsample_layers)\.(\d+)\.", name)
         return "final_norm" not in fields and stage is not None and int(stage[1]) > last
 

@@ -93,20 +93,43 @@ def forward_of(module: nn.Module):
     return swap_of(module).original.forward
 
 
-def only_argument(cls: type[nn.Module]) -> str | None:
-    """What ``forward`` of ``cls`` calls its argument; None where it does not have exactly one."""
-    _, *parameters = inspect.signature(cls.forward).parameters.values()
-    one = len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return parameters[0].name if one else None
+def only_argument(cls: type[nn.Module]) -> tuple[str, bool] | None:
+    """What ``forward`` of ``cls`` calls the one argument that it needs, and whether it takes others.
+
+    None where it needs more or less than one.
+    """
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return None
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return (parameters[0].name, len(parameters) > 1) if needed == parameters[:1] else None
 
 
 def _forward(self, x):
-    return swap_of(self).mixin._convnext_fast_run(self, x)
+    made_of = getattr(type(self), "_convnext_fast_swap", None)
+    if made_of is None:  # somebody kept this method, and the module is what it was
+        return type(self).forward(self, x)
+    return made_of.mixin._convnext_fast_run(self, x)
 
 
-def _forward_of_argument(name: str):
-    """:func:`_forward` with another name for x: callers by keyword, exporters and tracers go by it."""
-    return types.FunctionType(_forward.__code__.replace(co_varnames=("self", name)), globals(), "forward")
+def _forward_with_others(self, x, *args, **kwargs):
+    made_of = getattr(type(self), "_convnext_fast_swap", None)
+    if made_of is None:
+        return type(self).forward(self, x, *args, **kwargs)
+    if args or kwargs:
+        return made_of.original.forward(self, x, *args, **kwargs)
+    return made_of.mixin._convnext_fast_run(self, x)
+
+
+def _forward_like(original: type[nn.Module]) -> types.FunctionType:
+    """The new forward, with the original's name for x: callers by keyword, exporters and tracers go by it."""
+    name, others = only_argument(original)
+    code = (_forward_with_others if others else _forward).__code__
+    names = (code.co_varnames[0], name, *code.co_varnames[2:])
+    qualified = f"{original.__qualname__}.forward"
+    function = types.FunctionType(code.replace(co_varnames=names, co_name="forward"), globals(), "forward")
+    function.__qualname__ = qualified
+    return function
 
 
 @functools.cache
@@ -117,7 +140,7 @@ def _swapped_class(made_of: Swap) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_convnext_fast_swap": made_of,
-        "forward": _forward_of_argument(only_argument(original)),
+        "forward": _forward_like(original),
     }
     bases = made_of.mixin, original
     return types.new_class(original.__name__, bases, exec_body=lambda namespace: namespace.update(body))

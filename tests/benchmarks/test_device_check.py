@@ -347,6 +347,7 @@ def test_other_conditions_are_refused(finished):
     assert "holds several results files" in done.stderr
 
 
+@pytest.mark.full
 def test_killed_at_any_moment_it_leaves_what_was_measured(tmp_path):
     """Not asked, not told: the file is whole, and the same command goes on from it."""
     arguments = ("--quick", "--minutes", "3", "--commit", "abc123", "--only", "depthwise_forward")

@@ -126,7 +126,7 @@ def circular(module):
       for change in (hook, pre_hook, backward_hook)),
     ("mlp.fc1", tripled_forward, "mlp.fc1 has hooks, or a forward"),
     ("mlp.fc1", parametrised, "mlp.fc1 is torch.nn.utils.parametrize"),
-    ("norm", lambda m: nn.utils.parametrizations.weight_norm(m, dim=None), None),
+    ("norm", lambda m: nn.utils.parametrizations.weight_norm(m, dim=None), "norm is torch.nn.utils.parametrize"),
     ("mlp.drop2", lambda m: setattr(m, "p", 0.5), None),
     ("conv_dw", circular, "conv_dw is Conv2d"),
     ("conv_dw", lambda m: m.__dict__.update(dilation=(2, 2), padding=(6, 6)), "conv_dw is Conv2d"),

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import convnext_fast
 import dwconv_kernels as dk
+from convnext_fast.class_swap import swap_of
 
 from .accelerated import assert_unchanged
 from .networks import images, randomise
@@ -85,7 +86,7 @@ def outcome(report) -> str:
 
 
 ELSE = "its forward computes something else"
-MORE = "its forward takes more than a map"
+MORE = "its forward does not take a map alone"
 
 
 class Undoubled(Block):
@@ -106,6 +107,17 @@ class TwoArguments(Block):
 class Anything(Block):
     def forward(self, *args):
         return super().forward(*args)
+
+
+class Optional(Block):
+    def forward(self, x, mask=None, *, factor=1):
+        return super().forward(x) * (factor if mask is None else mask)
+
+
+class Static(Block):
+    @staticmethod
+    def forward():
+        return 0
 
 
 class Detached(Block):
@@ -145,7 +157,8 @@ class TheSame(Block):
 
 
 @pytest.mark.parametrize("fork, expected", [
-    (Undoubled, ELSE), (OnlyInTraining, ELSE), (TwoArguments, MORE), (Anything, MORE), (Detached, ELSE),
+    (Undoubled, ELSE), (OnlyInTraining, ELSE), (TwoArguments, MORE), (Anything, MORE), (Static, MORE),
+    (Detached, ELSE), (Optional, "swapped"),
     (WithoutGradients, ELSE), (OfLargeMaps, ELSE), (InPlace, ELSE), (InTheDtypeOfTheMap, ELSE), (Raising, ELSE),
     (TheSame, "swapped"),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
@@ -211,6 +224,11 @@ def test_a_forward_that_was_exchanged_in_the_class(monkeypatch):
     assert outcome(convnext_fast.accelerate(network(Exchanged()))) == "swapped"
     monkeypatch.setattr(Exchanged, "forward", lambda self, x: 2 * Block.forward(self, x))
     assert outcome(convnext_fast.accelerate(network(Exchanged()))).startswith(ELSE)
+    monkeypatch.undo()
+    assert outcome(convnext_fast.accelerate(network(Exchanged()))) == "swapped"
+    branch = Block.branch
+    monkeypatch.setattr(Block, "branch", lambda self, x: 2 * branch(self, x))
+    assert outcome(convnext_fast.accelerate(network(Exchanged()))).startswith(ELSE)
 
 
 # Parts.
@@ -246,6 +264,56 @@ class BiasFlag(Norm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.shift, self.eps)
 
 
+class Fp32Norm(nn.LayerNorm):
+    """As in several libraries: in fp32, whatever it gets."""
+
+    def forward(self, x):
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Permute(nn.Module):
+    """torchvision's, in a fork of it."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        return torch.permute(x, self.dims)
+
+
+class OtherDropout(nn.Module):
+    p = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.p = 0.0
+
+    def forward(self, x):
+        return F.dropout(x, self.p, self.training) if self.p > 0 else x
+
+
+def test_forks_of_torchvision():
+    models = pytest.importorskip("torchvision.models.convnext")
+    block = models.CNBlock(DIM, 1.0, 0.0)
+    block.block[1], block.block[6] = Permute([0, 2, 3, 1]), Permute([0, 3, 1, 2])
+    assert outcome(convnext_fast.accelerate(nn.Sequential(block))) == "swapped"
+    convnext_fast.restore(block)
+    block.block[1] = Permute([0, 3, 2, 1])
+    assert outcome(convnext_fast.accelerate(nn.Sequential(block))).startswith(ELSE)
+
+
+def test_modules_that_may_drop_out_later():
+    timm = pytest.importorskip("timm")
+    block = timm.models.convnext.ConvNeXtBlock(DIM)
+    block.mlp.drop1 = OtherDropout()
+    assert outcome(convnext_fast.accelerate(nn.Sequential(block))).startswith("mlp.drop1 is")
+    block.mlp.drop1 = nn.Dropout(0.0)
+    block.mlp = torch.fx.symbolic_trace(block.mlp)
+    assert outcome(convnext_fast.accelerate(nn.Sequential(block))) == "mlp is a graph that torch.fx traced"
+
+
 class OtherIdentity(nn.Identity):
     def forward(self, x):
         return 2 * x
@@ -273,10 +341,12 @@ def changed(**children) -> nn.Module:
     (lambda: changed(norm=BiasFlag(DIM)), "norm is"),
     (lambda: changed(norm=Norm(4)), "norm is"),
     (lambda: changed(act=nn.RReLU()), "act is RReLU"),
+    (lambda: changed(act=nn.Sequential(nn.GELU())), "its child act.0"),
+    (lambda: changed(norm=Fp32Norm(DIM)), "swapped"),
     (lambda: changed(drop_path=OtherIdentity()), "drop_path is"),
     (lambda: changed(drop_path=AlwaysDropping()), "drop_path is"),
     (lambda: torch.fx.symbolic_trace(Block()), "it is a graph that torch.fx traced"),
-], ids=range(10))  # fmt: skip
+], ids=range(12))  # fmt: skip
 def test_parts(block, expected):
     model = network(block())
     x = images(2, 32, 32)
@@ -399,6 +469,41 @@ def test_signatures_are_kept():
     assert [node.name for node in program.graph.nodes if node.op == "placeholder"][-1] == "features"
     traced = torch.jit.trace(block, example_kwarg_inputs={"features": x})
     torch.testing.assert_close(traced(features=x), block(x))
+
+
+def test_calls_with_more_than_a_map():
+    block, plain = Optional(), Optional()
+    plain.load_state_dict(block.state_dict())
+    convnext_fast.accelerate(block)
+    x = torch.randn(2, DIM, 8, 8)
+    with dk.backend("torch"):
+        for args, kwargs in (((), {}), ((x * 0 + 2,), {}), ((), {"factor": 3}), ((), {"mask": x})):
+            torch.testing.assert_close(block(x, *args, **kwargs), plain(x, *args, **kwargs))
+    assert operators_of(block, x) == {"convnext_block": 1}
+
+
+def test_methods_that_somebody_kept():
+    """Wrappers on the instance, made while it was swapped, and still there after it was restored."""
+    block, plain = Block(), Block()
+    plain.load_state_dict(block.state_dict())
+    convnext_fast.accelerate(block)
+    kept = block.forward
+    block.forward = lambda x: kept(x)
+    assert convnext_fast.restore(block) == ["", "dwconv"]
+    x = torch.randn(2, DIM, 8, 8)
+    assert torch.equal(block(x), plain(x))
+
+
+def test_memory_of_a_block_that_calls_its_children_for_now():
+    model = network(Block())
+    convnext_fast.accelerate(model)
+    handle = model[2].norm.register_forward_hook(lambda *_: None)
+    act, model[2].act = model[2].act, nn.SiLU()
+    assert "for now by its own forward: norm has hooks" in str(convnext_fast.accelerate(model, memory="lean"))
+    model[2].act = act
+    handle.remove()
+    assert swap_of(model[2]).settings.memory == "lean"
+    assert operators_of(model) == {"convnext_block": 1}
 
 
 def test_filter_is_asked_for_the_convolution_of_a_block():

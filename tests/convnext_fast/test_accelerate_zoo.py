@@ -54,7 +54,10 @@ def within(limit, build, **few):
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name, limit):
-    """The structure of the whole network without values; the numbers, where it is larger, of one with few blocks."""
+    """The structure of the whole network without values; the numbers, where it is larger, of one with few blocks.
+
+    Of the three above 300 M, whose few blocks are large as well, the numbers are left to the full lane.
+    """
     timm = pytest.importorskip("timm")
     model = on_meta(timm.create_model, model_name=name)
     report = convnext_fast.accelerate(model)
@@ -69,6 +72,8 @@ def test_timm(name, limit):
         assert len(report.swapped) == TIMM[name]
         assert not report.skipped
         assert all(" block of timm" in what for _, what in report.swapped)
+    if limit == 100 and sum(p.numel() for p in model.parameters()) > 300e6:
+        return
     model = within(limit, functools.partial(timm.create_model, name), depths=(1, 1, 2, 1))
     swapped = len(convnext_fast.accelerate(model).swapped)
     convnext_fast.restore(model)

@@ -20,7 +20,7 @@ def seed():
 
 
 @each_version
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.full), "reference"])
 def test_compile_the_whole_network(build, backend):
     torch._dynamo.reset()
     model, x = randomised(build()), torch.randn(2, 3, 64, 64)

@@ -131,7 +131,7 @@ def check_block(x, others, memory):
 
 @each_operator
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_compile_forward_and_backward(name, backend, dynamic):
     torch._dynamo.reset()
     function, tensors = FUNCTIONS[name], operands(name)
