@@ -118,7 +118,8 @@ def _is_idle(module: nn.Module) -> bool:
     if type(module) in (nn.Identity, nn.Dropout):
         return True
     twin, x = shadow(module), _random((2, 3, 4, 5), torch.Generator().manual_seed(1))
-    set_to = [value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE]
+    # What begins with _ is whatever FSDP and others leave behind.
+    set_to = [value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE and not key.startswith("_")]
     if list(module.parameters()) or any(isinstance(value, (bool, int, float)) for value in set_to):
         return False
     for training in (False, True):
