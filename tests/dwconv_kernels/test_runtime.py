@@ -1,5 +1,6 @@
 """Choice of the backend, and what the package says about it."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -213,3 +214,72 @@ def test_old_gpus_and_rocm_are_named(monkeypatch):
     assert "sm_75; the kernels need sm_80" in runtime._why_not_cuda.__wrapped__(0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "ROCm" in runtime._why_not_cuda.__wrapped__(0)
+
+
+def test_who_engages(monkeypatch):
+    """Under `auto`, floating-point tensors on a GPU with kernels; under other backends, whatever is not recorded."""
+    x = torch.randn(2, 4, 8, 8)
+    assert not dk.engages(x)
+    for backend in ("torch", "reference"):
+        with dk.backend(backend):
+            assert dk.engages(x)
+            assert not dk.engages(None)
+            monkeypatch.setattr(runtime, "exporting", lambda: True)
+            assert not dk.engages(x)
+            monkeypatch.undo()
+    monkeypatch.setattr(runtime, "_why_not_cuda", lambda index: None if index == 0 else "too old")
+    monkeypatch.setattr(runtime, "_why_not_triton", lambda: None)
+    monkeypatch.setattr(runtime, "INTERPRETER", False)
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert dk.engages(torch.empty(1, dtype=dtype, device="cuda:0"))
+        assert not dk.engages(torch.empty(1, dtype=torch.float64, device="cuda:0"))
+        assert not dk.engages(torch.empty(1, device="cuda:1"))
+        x = torch.empty(1, device="cuda:0")
+        with torch.autograd.forward_ad.dual_level():
+            assert not dk.engages(x)
+    seen = []
+    monkeypatch.setattr(runtime, "_why_not_cuda", lambda index: seen.append(index))
+    torch.func.vmap(lambda t: seen.append(dk.engages(t)) or t)(torch.zeros(2))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    ((7, 1, 3), None), (((1, 11), 1, "same"), None), ((5, 1, "valid"), None), (((5, 3),), None),
+    ((7, 2, 3), r"stride \(2, 2\)"), ((7, 1, 6, 2), r"dilation \(2, 2\)"), ((6, 1, 3), "the kernel is 6×6"),
+    ((6, 1, "same"), "even size"), ((13, 1, 6), "the kernel is 13×13"), ((7, 1, 7), r"padding is \(7, 7\)"),
+], ids=str)  # fmt: skip
+def test_geometry_with_kernels(arguments, reason):
+    """As `supports` says of a call, where there are kernels at all."""
+    taken, why = dk.depthwise_kernels_take(*arguments)
+    assert taken == (reason is None)
+    assert re.search(reason or "^$", why)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ((0,), ValueError, "kernel_size is 0"), (("a",), TypeError, "kernel_size is 'a'"),
+    ((7, 0), ValueError, "stride is 0"), ((7, 1, "full"), TypeError, "padding is 'full'"),
+    ((7, 1, -1), ValueError, "padding is -1"), ((7, 2, "same"), ValueError, "only stride 1"),
+], ids=str)  # fmt: skip
+def test_geometry_that_is_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dk.depthwise_kernels_take(*arguments)
+
+
+def test_tf32_in_convolutions_alone():
+    """With either of PyTorch's ways to say it; reading the older one raises once the newer was used."""
+    code = """
+        import torch, dwconv_kernels as dk
+        print(dk.tf32_in_convolutions_alone(), end=" ")
+        torch.set_float32_matmul_precision("high")
+        print(dk.tf32_in_convolutions_alone(), end=" ")
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        print(dk.tf32_in_convolutions_alone(), end=" ")
+        if hasattr(torch.backends.cudnn, "conv"):
+            torch.backends.cudnn.conv.fp32_precision = "tf32"
+            print(dk.tf32_in_convolutions_alone(), end=" ")
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            print(dk.tf32_in_convolutions_alone(), end=" ")
+    """
+    assert run_python(code).split() in (["True", "False", "False"], ["True", "False", "False", "True", "False"])
