@@ -1,6 +1,12 @@
 """Runs before any test module is imported."""
 
+import os
+
 import pytest
+
+# Networks here are small, and the interpreter lane runs beside them: threads that wait for each other on two cores take
+# several times as long as one. Read when torch is loaded, which is now, and by every process that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests import openmmlab_shim, torchvision_shim
 from tests.interpreter_lane import Lane
