@@ -35,7 +35,8 @@ def datasets(args):
         return TensorDataset(images[:64], labels[:64]), TensorDataset(images[64:], labels[64:]), 4
     pretrained = timm.get_pretrained_cfg(args.model).to_dict()
     config = resolve_data_config({"img_size": args.image_size}, pretrained_cfg=pretrained)
-    augmented = create_transform(**config, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25)
+    # Not timm's "rand-m9...": it may posterize to no bits at all, which Pillow by now refuses.
+    augmented = create_transform(**config, is_training=True, auto_augment="3a", re_prob=0.25)
     train = ImageFolder(f"{args.data}/train", augmented)
     return train, ImageFolder(f"{args.data}/val", create_transform(**config)), len(train.classes)
 

@@ -252,6 +252,7 @@ def test_who_was_interrupted_is_measured_again(tmp_path):
     assert results.done == [str(visits[0])]
 
 
+@pytest.mark.full
 def test_who_hung_is_not_waited_for_again_unless_asked_to(tmp_path):
     results = Results(META, tmp_path / "r.json")
     contest = CONTESTS["one hangs"]

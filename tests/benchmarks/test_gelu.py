@@ -41,6 +41,7 @@ def test_what_is_counted():
     assert gelu.instructions(None, "bf16", 90, gelu.FEW) == {}
 
 
+@pytest.mark.full
 def test_readme():
     text = gelu.README.read_text()
     assert gelu.with_block(text, gelu.block()) == text, "python -m benchmarks.gelu --readme"

@@ -135,6 +135,7 @@ def test_rows_and_sizes_are_no_constants():
     assert all(one == ones[0] for ones in seen.values() for one in ones)
 
 
+@pytest.mark.full
 def test_command_writes_rows(tmp_path, capsys):
     file = tmp_path / "rows.json"
     arguments = ["--arch", "90", "--dtype", "fp16", "--channels", "16", "--jobs", "1", "--json", str(file)]

@@ -35,7 +35,7 @@ def tensor_of(y):
 
 
 @each_library
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.full), "reference"])
 def test_compile_the_whole_network(name, backend):
     torch._dynamo.reset()
     model = accelerated(name)

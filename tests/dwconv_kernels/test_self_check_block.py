@@ -82,7 +82,7 @@ SABOTAGE = """
 @needs_triton
 @pytest.mark.parametrize("forward, backward, failing, message", [
     ("out[1] *= 1.01", "pass", ["dropped images"], "out of dropped images"),
-    ("pass", "dx[1] += 1", ["dropped images"], "dx of dropped images"),
+    pytest.param("pass", "dx[1] += 1", ["dropped images"], "dx of dropped images", marks=pytest.mark.full),
     pytest.param("pass", "gradients[4][0] *= 1.1", ["rounding"], "dW1", marks=pytest.mark.full),
     ("out[1:] += out[0, 0, 0, 0].isnan() * 1", "pass", ["Inf and NaN"], "change others"),
 ], ids=str)  # fmt: skip
