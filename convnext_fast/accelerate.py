@@ -53,6 +53,7 @@ class _Conv2d(Swapped):
 class _BlockSettings:
     dialect: BlockDialect
     kinds: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]  # the class of each part but the convolution, if any
+    children: tuple[tuple[tuple[str, ...], int], ...]  # how many the block and its containers have
     memory: str
     makes_channels_last: bool
 
@@ -86,6 +87,10 @@ def _why_not_conv(conv: nn.Conv2d) -> str | None:
 def _why_not_block(block: nn.Module, settings: _BlockSettings) -> str | None:
     """Why a swapped block calls its children one after another for now; None where it does not."""
     dialect = settings.dialect
+    for path, count in settings.children:
+        module = part(block, path) if path else block
+        if module is not None and len(module._modules) != count:
+            return f"{'.'.join(path) or 'it'} has other children than when it was swapped"
     for path, kinds in ((dialect.conv, _CONV_KINDS), *settings.kinds):
         module = part(block, path)
         if module is None:
@@ -304,9 +309,12 @@ def _swap_block(block: nn.Module, memory: str) -> str | None:
         return reason  # None of the latter: it was swapped before its class was derived from
     dialect = dialect_of(block)
     reason = unlike(block, dialect)
-    if reason is not None and is_swapped(block):  # it stays so, and calls its children for as long as it has to
-        swap(block, _Block, replace(swap_of(block).settings, memory=memory))
-        return None
+    if reason is not None and is_swapped(block):
+        settings = swap_of(block).settings
+        if _why_not_block(block, settings) is not None:  # it stays so, and calls its children for as long as it has to
+            swap(block, _Block, replace(settings, memory=memory))
+            return None
+        unswap(block)  # what came since is nothing that a call would find out
     if reason is not None:
         return reason
     conv = part(block, dialect.conv)
@@ -314,7 +322,9 @@ def _swap_block(block: nn.Module, memory: str) -> str | None:
         return f"{'.'.join(dialect.conv)} is {class_name(conv)}; nn.Conv2d is allowed"
     parts = ((path, part(block, path)) for path in dialect.known() if path != dialect.conv)
     kinds = tuple((path, () if module is None else (type(module),)) for path, module in parts)
-    swap(block, _Block, _BlockSettings(dialect, kinds, memory, makes_channels_last(block, dialect)))
+    owners = ((path, part(block, path) if path else block) for path in ((), *dialect.containers))
+    children = tuple((path, len(owner._modules)) for path, owner in owners)
+    swap(block, _Block, _BlockSettings(dialect, kinds, children, memory, makes_channels_last(block, dialect)))
     return None
 
 

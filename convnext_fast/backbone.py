@@ -130,6 +130,8 @@ class ConvNeXtBackbone(nn.Module):
             raise ValueError(f"frozen_stages is {frozen_stages!r}; an integer up to 4 is allowed")
         self.frozen_stages, self.gap_before_final_norm = frozen_stages, gap_before_final_norm
         eps = _eps(norm_cfg)
+        if not isinstance(layer_scale_init_value, (int, float)):
+            raise ValueError(f"layer_scale_init_value is {layer_scale_init_value!r}; a number, 0 for none, is allowed")
         if act_cfg is not None and act_cfg != {"type": "GELU"}:
             raise ValueError(f'act_cfg is {act_cfg!r}; {{"type": "GELU"}} is allowed')
         stem = nn.Conv2d(in_channels, self.channels[0], stem_patch_size, stride=stem_patch_size)
@@ -247,7 +249,8 @@ def pyramid_stages(model: nn.Module) -> nn.Sequential:
             Hugging Face or mmpretrain.
 
     Raises:
-        ValueError: ``model`` is none of these, or has frozen stages or checkpoints its stages, which it does by itself.
+        ValueError: ``model`` has no stages of ConvNeXt blocks, or has frozen or checkpointed stages, of which the model
+            takes care by itself.
     """
     if getattr(model, "frozen_stages", 0) > 0:
         raise ValueError(f"model has frozen_stages={model.frozen_stages}, which are lost here; 0 is allowed")

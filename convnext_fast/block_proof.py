@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ def unlike(block: nn.Module, dialect: BlockDialect) -> str | None:
     """Why ``block`` does not compute what :func:`run_block` does; None where it does.
 
     Its forward is run in float64 on the CPU, with random parameters, once for each combination of the classes of its
-    parts and of whatever they are set to, apart from their widths. No state of ``block`` or of PyTorch changes.
+    parts and of whatever they are set to, apart from their widths; every time where that is something that cannot be
+    compared. No values of ``block`` change, and no state of PyTorch.
     """
     with _alone():
         return _unlike_parts(block, dialect) or _cached(_compare, block, dialect)
@@ -151,16 +153,19 @@ def _norm_error(norm: nn.Module, channels: int) -> float:
     if not all(hasattr(norm, name) for name in ("weight", "bias", "eps")):
         return math.inf
     twin, x = shadow(norm), _random((2, 3, 2, channels), torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        try:
-            expected = F.layer_norm(x, (channels,), twin.weight, twin.bias, twin.eps)
-        except (RuntimeError, TypeError):  # these names stand for something else
-            return math.inf
-        results = _results(twin, x, x.permute(0, 3, 1, 2))
-    return min(
-        (result - wanted).abs().max().item() if result.shape == wanted.shape else math.inf
-        for result, wanted in zip(results, (expected, expected.permute(0, 3, 1, 2)), strict=True)
-    )
+    errors = []
+    for scale in (1.0, 1e-3):  # what ε is shows in the second
+        with torch.no_grad():
+            try:
+                expected = F.layer_norm(x * scale, (channels,), twin.weight, twin.bias, twin.eps)
+            except (RuntimeError, TypeError):  # these names stand for something else
+                return math.inf
+            results = _results(twin, x * scale, (x * scale).permute(0, 3, 1, 2))
+        errors.append([
+            (result - wanted).abs().max().item() if result.shape == wanted.shape else math.inf
+            for result, wanted in zip(results, (expected, expected.permute(0, 3, 1, 2)), strict=True)
+        ])  # fmt: skip
+    return min(max(both) for both in zip(*errors, strict=True))
 
 
 def _results(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -230,7 +235,8 @@ def shadow(module: nn.Module, generator: torch.Generator | None = None) -> nn.Mo
     twin.__dict__["_modules"] = {
         name: None if child is None else shadow(child, generator) for name, child in module._modules.items()
     }
-    twin.__dict__.pop("forward", None)
+    for replaced in ("forward", "_compiled_call_impl"):  # these call the module itself
+        twin.__dict__.pop(replaced, None)
     return twin
 
 
@@ -273,7 +279,7 @@ def _settings(block: nn.Module, dialect: BlockDialect) -> tuple:
     found: list = [dialect]
     for name, module in block.named_modules():
         cls = original_class(module)
-        found.append((name, cls, *_methods(cls)))
+        found.append((name, cls, *_members(cls)))
         if tuple(name.split(".")) == dialect.drop_path or cls is nn.Dropout:
             continue  # looked at when the block is called
         for key, value in sorted(vars(module).items()):
@@ -285,10 +291,20 @@ def _settings(block: nn.Module, dialect: BlockDialect) -> tuple:
     return tuple(found)
 
 
-def _methods(cls: type) -> list[types.FunctionType]:
-    """All that somebody may exchange in a class and those above it."""
-    classes = (c for c in cls.__mro__ if c not in (nn.Module, object))
-    return [value for c in classes for value in vars(c).values() if isinstance(value, types.FunctionType)]
+def _members(cls: type) -> list[tuple]:
+    """All that somebody may exchange in a class and those above it, or set there."""
+    found = []
+    for c in cls.__mro__:
+        for name, value in () if c in (nn.Module, object) else vars(c).items():
+            if isinstance(value, property):
+                found.append((name, value.fget, value.fset))
+            elif isinstance(value, (staticmethod, classmethod)):
+                found.append((name, value.__func__))
+            elif isinstance(value, types.FunctionType):
+                found.append((name, value))
+            elif not name.startswith("__") and name != "_abc_impl":
+                found.append((name, _frozen(value, {})))
+    return found
 
 
 _COMPARABLE = (
@@ -336,8 +352,9 @@ def _compare(block: nn.Module, dialect: BlockDialect) -> str | None:
     channels = part(twin, dialect.conv).in_channels
     exact = _norm_error(part(block, dialect.norm), channels) < _EXACT
     with torch.enable_grad():
-        for training, shape in ((False, (2, channels, 5, 4)), (True, (1, channels, 16, 11))):
+        for training, size in itertools.product((False, True), ((5, 4), (16, 11))):
             twin.train(training)
+            shape = (2, channels, *size)
             outcomes = _outcome(operator, twin, shape), _outcome(twin, twin, shape)
             if not _same(*outcomes, _EXACT if exact else 10 * _ROUNDED):
                 return _SOMETHING_ELSE

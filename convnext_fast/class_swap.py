@@ -41,6 +41,14 @@ class Swapped:
             return cls._convnext_fast_swap.original(*args, **kwargs)
         return object.__new__(cls)
 
+    def __init__(self, *args, **kwargs):
+        """What is built, or built anew, is of the original class: nobody has looked at what it is set to."""
+        if is_swapped(self):
+            unswap(self)
+            self.__init__(*args, **kwargs)
+        else:
+            super().__init__(*args, **kwargs)
+
     def __init_subclass__(cls, **kwargs):
         """What a library does with every subclass, such as to register its name, is not done with ours."""
 
@@ -98,11 +106,23 @@ def only_argument(cls: type[nn.Module]) -> tuple[str, bool] | None:
 
     None where it needs more or less than one.
     """
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
-    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+    parameters = _parameters(cls.forward, follow_wrapped=False)
+    wrapped = bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+    if wrapped:  # by a decorator that hands on whatever it gets
+        parameters = _parameters(cls.forward, follow_wrapped=True)[1:]
+    else:
+        parameters = parameters[1:]
+    if not parameters or parameters[0].kind not in (parameters[0].POSITIONAL_OR_KEYWORD, parameters[0].POSITIONAL_ONLY):
         return None
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return (parameters[0].name, len(parameters) > 1) if needed == parameters[:1] else None
+    return (parameters[0].name, wrapped or len(parameters) > 1) if needed == parameters[:1] else None
+
+
+def _parameters(function, follow_wrapped: bool) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function, follow_wrapped=follow_wrapped).parameters.values())
+    except (TypeError, ValueError):  # written in C, or no function
+        return []
 
 
 def _forward(self, x):
@@ -129,6 +149,7 @@ def _forward_like(original: type[nn.Module]) -> types.FunctionType:
     qualified = f"{original.__qualname__}.forward"
     function = types.FunctionType(code.replace(co_varnames=names, co_name="forward"), globals(), "forward")
     function.__qualname__ = qualified
+    function.__signature__ = inspect.signature(original.forward)
     return function
 
 

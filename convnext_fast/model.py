@@ -281,7 +281,7 @@ def _run_on(backend: str, block: nn.Module, x: Tensor) -> Tensor:
 
 def drop_path_rates(rate: float, count: int) -> list[float]:
     """``count`` probabilities growing linearly from 0 to ``rate``."""
-    if not 0 <= rate < 1:
+    if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate is {rate}; a probability in [0, 1) is allowed")
     return torch.linspace(0, rate, count, device="cpu").tolist()
 
@@ -307,7 +307,7 @@ def check_integer(name: str, value: int, lowest: int) -> None:
 def stage_indices(out_indices: Sequence[int] | None) -> tuple[int, ...]:
     if out_indices is None:
         return (0, 1, 2, 3)
-    if not isinstance(out_indices, Sequence):
+    if not isinstance(out_indices, Sequence) or not all(isinstance(i, int) for i in out_indices):
         raise ValueError(f"out_indices is {out_indices!r}; a sequence of stages is allowed")
     indices = tuple(i + 4 if i < 0 else i for i in out_indices)
     if not indices or any(i not in range(4) for i in indices) or len(set(indices)) != len(indices):

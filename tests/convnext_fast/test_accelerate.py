@@ -122,6 +122,13 @@ def test_modules_built_like_an_accelerated_one_are_ordinary(model):
     built = type(conv)(4, 6, 3)
     assert type(built) is nn.Conv2d
     assert built(torch.randn(1, 4, 5, 5)).shape == (1, 6, 3, 3)
+    bare = huggingface().convnext.encoder
+    convnext_fast.accelerate(bare)
+    block = bare.stages[0].layers[0]
+    with pytest.raises(TypeError, match="missing"):
+        type(block)()
+    block.dwconv.__init__(8, 8, 7, groups=8)
+    assert type(block.dwconv) is nn.Conv2d
     replica = model.stages[1].blocks[0]._replicate_for_data_parallel()
     assert type(replica) is type(model.stages[1].blocks[0])
 

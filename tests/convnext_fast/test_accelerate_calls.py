@@ -1,5 +1,7 @@
 """How accelerated blocks are called: by name or with more than a map, in which layouts, by whoever kept a method."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,10 @@ def test_calls_with_more_than_a_map():
         for args, kwargs in (((), {}), ((x * 0 + 2,), {}), ((), {"factor": 3}), ((), {"mask": x})):
             torch.testing.assert_close(block(x, *args, **kwargs), plain(x, *args, **kwargs))
     assert operators_of(block, x) == {"convnext_block": 1}
+    assert inspect.signature(block.forward) == inspect.signature(plain.forward)
+    shapes = {name: {0: torch.export.Dim("n", min=2)} for name in ("x", "mask")}
+    program = torch.export.export(block, (x, x), dynamic_shapes=shapes)
+    torch.testing.assert_close(program.module()(x, x), plain(x, x))
 
 
 def test_methods_that_somebody_kept():
