@@ -17,7 +17,7 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, random_seed
 from timm.utils.distributed import init_distributed_device_so
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +46,7 @@ def main(args):
     process = init_distributed_device_so("cuda" if on_gpu else "cpu")  # nccl or gloo, where torchrun started several
     device, rank, world = torch.device(process["device"]), process["global_rank"], process["world_size"]
     say = print if rank == 0 else lambda *_: None
-    torch.manual_seed(0)  # the same weights everywhere
+    random_seed(0)  # the same weights everywhere
 
     train_set, val_set, classes = datasets(args)
     model = timm.create_model(args.model, args.pretrained, num_classes=classes, drop_path_rate=args.drop_path)
@@ -70,7 +70,7 @@ def main(args):
     mixup = Mixup(args.mixup, cutmix_alpha=1.0, num_classes=classes) if args.mixup > 0 else None
     criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(0.1)
 
-    torch.manual_seed(rank)  # but what is drawn for the images differs
+    random_seed(0, rank)  # but what is drawn for the images differs
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
         net.train()
