@@ -73,6 +73,11 @@ def worker(rank: int, folder: str) -> None:
             assert operators.ran == {"convnext_block": 2 * sum(DEPTHS), "convnext_block_backward": 2 * sum(DEPTHS)}
             if kind == "fsdp":
                 gradients = [gradient.full_tensor() for gradient in gradients]
+            if (kind, when) == ("fsdp", "before"):
+                with pytest.raises(RuntimeError, match="was swapped and then became a FSDP"):
+                    convnext_fast.restore(model)
+            else:
+                assert len(convnext_fast.restore(model)) == 2 * sum(DEPTHS)
             torch.save(gradients, f"{folder}/{name}-{kind}-{when}-{rank}.pt")
             del model, gradients
     leave()
