@@ -1,0 +1,176 @@
+"""Which tensor-core kernel runs a depthwise convolution, and how the work is cut up: pure functions of the problem.
+
+Figures are read from machine code (``python -m benchmarks.machine_code --tensor``); what a step costs is a model of it
+that measurement is to replace. Names and formulas: kernels_gluon.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+from ..devices import multiprocessors, shared_kb
+
+DTYPES = ("bf16", "fp16")
+MAX_KERNEL = 51
+WARPS = 8
+STEPS = 4  # patch rows that the stream kernels read at a time
+# Offsets inside of a tile, at most 32 rows, are 32 bits.
+MAX_ROW = 2**26
+_MOST_TAPS = 140  # registers for a table of taps that stays, with those for sums beside it
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How a KH × KW kernel is made of products: patches of R × T outputs, R·T = 8."""
+
+    R: int
+    groups: int  # patch rows of outputs that a patch row of inputs touches
+    pairs: int  # pairs of blocks under a patch
+
+    @property
+    def T(self) -> int:
+        return 8 // self.R
+
+    @property
+    def products(self) -> int:
+        """Of 16 × 16 by 16 × 8, for 16 patches."""
+        return self.groups * self.pairs
+
+
+def patches(kh: int, kw: int, r: int) -> Patches:
+    t = 8 // r
+    return Patches(r, -(-(kh + r - 1) // r), -(-(t + kw - 1) // (2 * t)))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The kernels that keep the taps (or their gradients) in registers while the map passes by."""
+
+    patches: Patches
+    channels: int  # of a warp
+    pixels: int  # of a thread
+    column_groups: int = 1  # of the weight gradient: programs that share its taps
+    reason: str = ""
+
+    @property
+    def block_c(self) -> int:
+        return self.channels * WARPS
+
+    def constants(self, c: int, residual: bool = False) -> dict[str, object]:
+        p = self.patches
+        pairs = -(-p.pairs // self.column_groups)
+        return {
+            "C": c, "R": p.R, "T": p.T, "GROUPS": p.groups, "PAIRS": pairs,
+            "J": self.channels, "PIXELS": self.pixels, "WARPS": WARPS,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Large:
+    """The kernel that keeps sums in registers while the taps pass by."""
+
+    patches: Patches
+    patch_rows: int
+    strips: int
+    chunk: int
+    reason: str = ""
+
+    block_c = WARPS
+
+    def constants(self, c: int, residual: bool = False) -> dict[str, object]:
+        p = self.patches
+        return {
+            "C": c, "R": p.R, "T": p.T, "GROUPS": p.groups, "PATCH_ROWS": self.patch_rows, "STRIPS": self.strips,
+            "CHUNK": self.chunk, "WARPS": WARPS,
+        }  # fmt: skip
+
+
+@cache
+def pick_forward(kh: int, kw: int, oh: int, ow: int, arch: int) -> Stream | Large:
+    """The kernel for a forward pass or an input gradient of ``oh`` × ``ow`` outputs."""
+    choices = []
+    for r in (1, 2, 4, 8):
+        p = patches(kh, kw, r)
+        if 2 * p.products + 4 * p.groups + 16 * p.pairs <= _MOST_TAPS:
+            # A step: products, and for each pair of blocks what it takes to load and turn around its tiles.
+            choices.append((p.pairs * (p.groups + 13), r, p))
+    if choices:
+        p = min(choices)[2]
+        both = 4 * p.products + 8 * p.groups + 16 * p.pairs <= _MOST_TAPS + 20
+        return Stream(p, 2 if both else 1, 2, reason="taps fit into registers")
+    rows = min((4, 7), key=lambda rows: (-(-oh // (4 * rows)) * rows, -rows))
+    fits = shared_kb(arch) >= 163
+    return Large(patches(kh, kw, 4), rows, 2 if ow <= 8 else 4, 8 if fits else 4, "taps do not fit into registers")
+
+
+@cache
+def pick_backward_weight(kh: int, kw: int) -> Stream:
+    """The kernel for the weight's and bias's gradient."""
+    choices = []
+    for r in (1, 2, 4, 8):
+        p = patches(kh, kw, r)
+        for groups in range(1, p.pairs + 1):
+            pairs = -(-p.pairs // groups)
+            if 4 * pairs * p.groups + 2 * p.groups + 16 * pairs <= _MOST_TAPS:
+                choices.append((groups * (pairs * (p.groups + 13) + 8), groups, p))
+                break
+    _, groups, p = min(choices, key=lambda choice: choice[:2])
+    both = groups == 1 and 8 * p.products + 4 * p.groups + 16 * p.pairs <= 124
+    return Stream(p, 2 if both else 1, 4 if both and p.pairs == 1 else 2, groups, "sums fit into registers")
+
+
+def shipped(kh: int, kw: int, arch: int) -> Iterator[Stream | Large]:
+    """Every choice that some map leads to, each once."""
+    yield pick_backward_weight(kh, kw)
+    yield from dict.fromkeys(pick_forward(kh, kw, oh, ow, arch) for oh in range(1, 65) for ow in (7, 14))
+
+
+@lru_cache(maxsize=4096)
+def cut_stream(arch: int, tiles: int, blocks: int, oh: int, r: int, groups: int) -> tuple[int, int]:
+    """(rows, tiles) per program of the forward kernel; ``blocks`` of channels.
+
+    A program loads its taps once, which takes as long as some steps, and reads GROUPS − 1 patch rows more than it
+    writes; but all multiprocessors should have the same to do.
+    """
+    sms = multiprocessors(arch) if arch else 1
+    best = None
+    for rows in _patch_rows(oh, r):
+        chunks = -(-oh // (rows * r))
+        steps = rows + groups - 1
+        for several in _few(tiles):
+            programs = chunks * blocks * -(-tiles // several)
+            time = -(-programs // sms) * (several * (steps + 3) + groups)
+            if best is None or time < best[0]:
+                best = (time, rows * r, several)
+    return best[1], best[2]
+
+
+@lru_cache(maxsize=4096)
+def cut_weight(arch: int, tiles: int, blocks: int, oh: int, r: int, groups: int) -> tuple[int, int]:
+    """(rows, jobs) per program of the weight gradient's kernel; a job is a tile of ``rows`` rows.
+
+    ``blocks`` of channels and columns. Every program writes its sums, which a second pass adds up: few programs.
+    """
+    sms = multiprocessors(arch) if arch else 1
+    best = None
+    for rows in _patch_rows(oh, r):
+        chunks = -(-oh // (rows * r))
+        for several in _few(tiles * chunks):
+            programs = blocks * -(-(tiles * chunks) // several)
+            time = -(-programs // sms) * (several * (rows + groups + 2) + 8 * groups)
+            if best is None or time < best[0]:
+                best = (time, rows * r, several)
+    return best[1], best[2]
+
+
+def _patch_rows(oh: int, r: int) -> list[int]:
+    """Numbers of patch rows per program worth a look, the most first."""
+    all_rows = -(-oh // r)
+    return sorted({-(-all_rows // chunks) for chunks in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 1024)}, reverse=True)
+
+
+def _few(count: int) -> list[int]:
+    """How many of ``count`` jobs a program may do: each leads to another number of programs."""
+    return sorted({-(-count // programs) for programs in (*range(1, 65), *(64 * 2**k for k in range(1, 25)))})

@@ -1,0 +1,113 @@
+"""What the tensor-core kernels need before and after them: tables of taps, maps in blocks, taps out of products.
+
+Patches of R × T outputs, blocks of R × T inputs, pairs of blocks: kernels_gluon.py and this folder's README.
+"""
+
+import triton
+import triton.language as tl
+
+SIZES = [
+    "has_bias", "flip", "channels", "padded", "groups", "kh", "kw", "stride_wc", "stride_wh", "stride_ww", "stride_b",
+    "N", "H", "W", "HB", "WB", "above", "left", "pairs", "groups", "column_groups", "wants_dw", "wants_db",
+]  # fmt: skip
+POINTERS = ["x_ptr", "weight_ptr", "bias_ptr", "blocks_ptr", "sums_ptr", "dw_ptr", "db_ptr"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+def _depthwise_fragments_kernel(
+    weight_ptr, bias_ptr, table_ptr, table_bias_ptr, has_bias, flip, channels, padded, groups, kh, kw,
+    stride_wc, stride_wh, stride_ww, stride_b,
+    R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Second factors (pairs · groups, padded, 128) of weight (C, 1, KH, KW), rounded to the table's dtype, and the bias.
+
+    Row k of the factor for pair m of blocks and patch row q is pixel (rr, cc) of block b = 2m + k // 8, its column n is
+    output (r, c) of the patch; the entry is tap (q·R + rr − r, b·T + cc − c), 0 where there is none. Stored lane by
+    lane: lane 4n + t has rows 2t, 2t + 1, 2t + 8, 2t + 9. ``flip`` turns the taps around. One program per (factor,
+    BLOCK_C channels); channels from C to ``padded`` are zeros.
+    """
+    T: tl.constexpr = 8 // R
+    DTYPE: tl.constexpr = table_ptr.dtype.element_ty
+    blocks = (padded + BLOCK_C - 1) // BLOCK_C
+    at = tl.program_id(0) // blocks
+    offs_c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    entry = tl.arange(0, 128)
+    n = entry // 16
+    inner = entry // 4 % 4 * 2 + entry % 2
+    block = at // groups * 2 + entry // 2 % 2
+    i = at % groups * R + inner // T - n // T
+    j = block * T + inner % T - n % T
+    there = (i >= 0) & (i < kh) & (j >= 0) & (j < kw)
+    i = tl.where(flip != 0, kh - 1 - i, i)
+    j = tl.where(flip != 0, kw - 1 - j, j)
+    inside = (offs_c < channels)[:, None] & there[None, :]
+    of_tap = i.to(tl.int64) * stride_wh + j.to(tl.int64) * stride_ww
+    pointers = weight_ptr + (offs_c.to(tl.int64) * stride_wc)[:, None] + of_tap[None, :]
+    value = tl.load(pointers, mask=inside, other=0.0).to(DTYPE)
+    to = (at.to(tl.int64) * padded + offs_c)[:, None] * 128 + entry[None, :]
+    tl.store(table_ptr + to, value, mask=(offs_c < padded)[:, None])
+    first = at == 0
+    given = first & (offs_c < channels) & (has_bias != 0)
+    bias = tl.load(bias_ptr + offs_c.to(tl.int64) * stride_b, mask=given, other=0.0).to(DTYPE).to(tl.float32)
+    tl.store(table_bias_ptr + offs_c, bias, mask=first & (offs_c < padded))
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+def _depthwise_blocks_kernel(
+    x_ptr, blocks_ptr, N, H, W, HB, WB, above, left, channels, padded,
+    R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A map (N, H, W, C) in blocks of R × T pixels, (N, HB, WB, padded, 8); zeros outside of the map and beyond C.
+
+    Block (u, v) begins at row u·R − ``above`` and column v·T − ``left``. One program per (BLOCK_P blocks, BLOCK_C
+    channels).
+    """
+    T: tl.constexpr = 8 // R
+    channel_blocks = (padded + BLOCK_C - 1) // BLOCK_C
+    offs_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = (tl.program_id(0) // channel_blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = at // (HB * WB)
+    u = at // WB % HB
+    v = at % WB
+    e = tl.arange(0, 8)
+    row = (u * R - above)[:, None] + (e // T)[None, :]
+    column = (v * T - left)[:, None] + (e % T)[None, :]
+    there = (n < N)[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    pointers = x_ptr + ((n[:, None] * H + row) * W + column)[:, :, None] * channels + offs_c[None, None, :]
+    x = tl.load(pointers, mask=there[:, :, None] & (offs_c < channels)[None, None, :], other=0.0)
+    to = blocks_ptr + (at[:, None] * padded + offs_c[None, :])[:, :, None] * 8 + e[None, None, :]
+    tl.store(to, tl.permute(x, (0, 2, 1)), mask=((n < N)[:, None] & (offs_c < padded)[None, :])[:, :, None])
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+def _depthwise_diagonals_kernel(
+    sums_ptr, dw_ptr, db_ptr, wants_dw, wants_db, channels, padded, pairs, groups, kw, stride_wc, stride_wh, stride_ww,
+    KH: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dw (C, 1, KH, KW) and db (C,) from sums of products (column groups, pairs · groups + 1, padded, 16, 8), fp32.
+
+    Tap (i, j) is what output (r, c) of a patch and input (i + r, j + c), counted from the patch's first, have in common,
+    summed over the eight outputs. ``pairs`` is that of one column group. One program per (tap or, last, the bias,
+    BLOCK_C channels).
+    """
+    T: tl.constexpr = 8 // R
+    channel_blocks = (channels + BLOCK_C - 1) // BLOCK_C
+    tap = tl.program_id(0) // channel_blocks
+    offs_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = offs_c < channels
+    i = tap // kw
+    j = tap % kw
+    is_bias = i == KH
+    n = tl.arange(0, 8)
+    row = i + n // T
+    column = j + n % T
+    block = column // T
+    pair = block // 2
+    at = tl.where(is_bias, pairs * groups, pair % pairs * groups + row // R)
+    factor = tl.where(is_bias, 0, pair // pairs) * (pairs * groups + 1) + at
+    pixel = tl.where(is_bias, 0, block % 2 * 8 + row % R * T + column % T)
+    pointers = sums_ptr + (factor.to(tl.int64) * padded)[None, :] * 128 + offs_c[:, None] * 128 + (pixel * 8 + n)[None, :]
+    total = tl.sum(tl.load(pointers, mask=inside[:, None], other=0.0), axis=1)
+    to = dw_ptr + offs_c.to(tl.int64) * stride_wc + i.to(tl.int64) * stride_wh + j.to(tl.int64) * stride_ww
+    tl.store(to, total.to(dw_ptr.dtype.element_ty), mask=inside & (is_bias == 0) & (wants_dw != 0))
+    tl.store(db_ptr + offs_c, total.to(db_ptr.dtype.element_ty), mask=inside & is_bias & (wants_db != 0))

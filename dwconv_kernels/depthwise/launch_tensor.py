@@ -1,0 +1,122 @@
+"""Launches the tensor-core kernels: tables, cutting up, grids. launch.py checks, allocates, and decides who runs.
+
+Maps are channels_last without gaps, (N, C, H, W) tensors over memory (N, H, W, C).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import runtime
+from . import config_tensor as config
+from . import kernels_tables
+
+Pair = tuple[int, int]
+
+if runtime.INTERPRETER:
+    from ..gluon_emulator import emulate
+
+from . import kernels_gluon  # noqa: E402
+
+_TABLE_BLOCK_C = 16
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, y: Tensor, flip: bool, residual: Tensor | None = None
+) -> None:
+    """Fills y (N, C, OH, OW) with x convolved with the weight, or the weight turned around, plus ``residual``."""
+    (n, c, h, w), (oh, ow), (kh, kw) = x.shape, y.shape[2:], weight.shape[2:]
+    arch = runtime.arch(x)
+    choice = config.pick_forward(kh, kw, oh, ow, arch)
+    p = choice.patches
+    blocks = -(-c // choice.block_c)
+    with runtime.on_device(x):
+        table, table_bias = _table(x, weight, bias, flip, p, blocks * choice.block_c)
+        if isinstance(choice, config.Large):
+            _convolve_large(x, table, table_bias, padding, y, choice)
+            return
+        strips = -(-ow // p.T)
+        tiles = -(-n * strips // 16)
+        rows, several = config.cut_stream(arch, tiles, blocks, oh, p.R, p.groups)
+        grid = blocks * -(-oh // rows) * -(-tiles // several)
+        _run(
+            kernels_gluon._depthwise_fwd_stream_kernel, grid,
+            x, table, table_bias, y, n, h, w, oh, ow, *padding, rows, strips, tiles, several, **choice.constants(c),
+        )  # fmt: skip
+
+
+def _convolve_large(x: Tensor, table: Tensor, bias: Tensor, padding: Pair, y: Tensor, choice: config.Large) -> None:
+    (n, c, h, w), (oh, ow), p = x.shape, y.shape[2:], choice.patches
+    channel_blocks = table.shape[1] // choice.block_c
+    # Windows begin at blocks: the map begins within one.
+    (shift_h, above), (shift_w, left) = divmod(padding[0], p.R), divmod(padding[1], p.T)
+    hb, wb = -(-(h + above) // p.R), -(-(w + left) // p.T)
+    maps = torch.empty((n, hb, wb, table.shape[1], 8), dtype=x.dtype, device=x.device)
+    positions = -(-n * hb * wb // 16)
+    kernels_tables._depthwise_blocks_kernel[(positions * -(-table.shape[1] // 32),)](
+        x, maps, n, h, w, hb, wb, above, left, c, table.shape[1],
+        R=p.R, BLOCK_P=16, BLOCK_C=32, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    columns = -(-ow // (2 * choice.strips * p.T)) * 2
+    grid = channel_blocks * -(-oh // (choice.patch_rows * p.R)) * -(-n * columns // 16)
+    _run(
+        kernels_gluon._depthwise_fwd_large_kernel, grid,
+        maps, table, bias, y, n, hb, wb, oh, ow, shift_h, shift_w, columns, p.pairs, **choice.constants(c),
+    )  # fmt: skip
+
+
+def weight_gradient(
+    dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None, db: Tensor | None
+) -> None:
+    """Fills dw (C, 1, KH, KW) and db (C,), each unless it is None."""
+    (n, c, h, w), (oh, ow), (kh, kw) = x.shape, dy.shape[2:], kernel
+    arch = runtime.arch(x)
+    choice = config.pick_backward_weight(kh, kw)
+    p, constants = choice.patches, choice.constants(c)
+    pairs = constants["PAIRS"]
+    blocks = -(-c // choice.block_c)
+    padded = blocks * choice.block_c
+    strips = -(-ow // p.T)
+    tiles = -(-n * strips // 16)
+    rows, jobs = config.cut_weight(arch, tiles, blocks * choice.column_groups, oh, p.R, p.groups)
+    parts = -(-tiles * -(-oh // rows) // jobs)
+    with runtime.on_device(x):
+        shape = (parts, choice.column_groups, pairs * p.groups + 1, padded, 128)
+        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+        _run(
+            kernels_gluon._depthwise_bwd_weight_stream_kernel, parts * choice.column_groups * blocks,
+            x, dy, sums, n, h, w, oh, ow, *padding, rows, strips, tiles, jobs,
+            COLUMN_GROUPS=choice.column_groups, **constants,
+        )  # fmt: skip
+        sums = sums[0] if parts == 1 else sums.sum(0)
+        kernels_tables._depthwise_diagonals_kernel[((kh * kw + 1) * -(-c // _TABLE_BLOCK_C),)](
+            sums, db if dw is None else dw, dw if db is None else db, int(dw is not None), int(db is not None),
+            c, padded, pairs, p.groups, kw,
+            *((0, 0, 0) if dw is None else (dw.stride(0), dw.stride(2), dw.stride(3))),
+            KH=kh, R=p.R, BLOCK_C=_TABLE_BLOCK_C, num_warps=1, num_stages=1,
+        )  # fmt: skip
+
+
+def _table(
+    x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, p: config.Patches, padded: int
+) -> tuple[Tensor, Tensor]:
+    """The second factors of all products, in x's dtype, and the bias, fp32, for ``padded`` channels."""
+    c, _, kh, kw = weight.shape
+    count = p.pairs * p.groups
+    table = torch.empty((count, padded, 128), dtype=x.dtype, device=x.device)
+    table_bias = torch.empty((padded,), dtype=torch.float32, device=x.device)
+    kernels_tables._depthwise_fragments_kernel[(count * -(-padded // _TABLE_BLOCK_C),)](
+        weight, weight if bias is None else bias, table, table_bias,
+        int(bias is not None), int(flip), c, padded, p.groups, kh, kw,
+        weight.stride(0), weight.stride(2), weight.stride(3), 0 if bias is None else bias.stride(0),
+        R=p.R, BLOCK_C=_TABLE_BLOCK_C, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return table, table_bias
+
+
+def _run(kernel, programs: int, *args, **constants) -> None:
+    if runtime.INTERPRETER:
+        emulate(kernel, programs, *args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants, num_warps=config.WARPS)
