@@ -1,4 +1,4 @@
-"""ConvNeXt V1 and V2 on :mod:`dwconv_kernels`: the model zoo, checkpoints of every dialect, training."""
+"""ConvNeXt V1 and V2, and their peers, on :mod:`dwconv_kernels`: model zoo, checkpoints of every dialect, training."""
 
 from dwconv_kernels._version import __version__
 
@@ -15,13 +15,16 @@ from .checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from .convmixer import ConvMixer
+from .dwnet import DWNet
 from .model import ConvNeXt, ConvNeXtIsotropic, LayerNorm2d
+from .replknet import RepLKBlock, RepLKNet
 from .zoo import *  # noqa: F403
 from .zoo import create_model, list_models
 
 __all__ = [
-    "GRN", "AccelerateReport", "Block", "CheckpointError", "ConvNeXt", "ConvNeXtBackbone", "ConvNeXtIsotropic",
-    "DropPath", "LayerNorm2d", "LoadReport", "__version__", "accelerate", "convert_state_dict", "create_model",
-    "detect_dialect", "fpn_backbone", "list_models", "load_checkpoint", "pyramid_stages", "read_checkpoint", "restore",
-    "save_checkpoint", *zoo.MODELS,
+    "GRN", "AccelerateReport", "Block", "CheckpointError", "ConvMixer", "ConvNeXt", "ConvNeXtBackbone",
+    "ConvNeXtIsotropic", "DWNet", "DropPath", "LayerNorm2d", "LoadReport", "RepLKBlock", "RepLKNet", "__version__",
+    "accelerate", "convert_state_dict", "create_model", "detect_dialect", "fpn_backbone", "list_models",
+    "load_checkpoint", "pyramid_stages", "read_checkpoint", "restore", "save_checkpoint", *zoo.MODELS,
 ]  # fmt: skip

@@ -80,6 +80,12 @@ def as_vector(parameter: Tensor) -> Tensor:
     return parameter.squeeze(1).flatten()
 
 
+def check_odd(name: str, value: int) -> None:
+    """Refuse what is no width of a convolution that keeps the size of maps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
+        raise ValueError(f"{name} is {value!r}; a positive odd integer is allowed, such as 7")
+
+
 def fits_a_block(conv: nn.Conv2d) -> bool:
     """Is this the depthwise convolution of a block: as many channels and pixels as before, zeros around the map?"""
     return (
@@ -140,8 +146,7 @@ class Block(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}; a positive odd number is allowed")
+        check_odd("kernel_size", kernel_size)
         if layer_scale_init_value is None:  # as timm spells a block without it
             layer_scale_init_value = 0.0
         if not layer_scale_init_value >= 0:

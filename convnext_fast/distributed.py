@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,12 @@ class World:
         if failed:
             raise FailedElsewhere(2)
         return result
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank those of rank 0, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def part(self) -> None:
         """The end of a run that went well, before :meth:`leave`; the caller has let go of its network.

@@ -7,18 +7,19 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint import convert_state_dict, read_checkpoint
+from .checkpoint import own_names, read_checkpoint
 from .data import Augmentation, ImageFiles, Preprocessing
 from .distributed import World
 from .folder_listing import FolderListing, list_folder
 from .pretrained import DownloadError, download_pretrained, pretrained_arguments
 from .run_folder import RunFolder
 from .train import Options, Task, Trainer
-from .zoo import create_model
+from .zoo import create_model, network_arguments
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class FolderOptions:
     """Network and images of a run.
 
     ``augment=False`` trains on centre crops; ``init_from`` is a checkpoint of any dialect, ``pretrained``
-    the published one.
+    the published one. ``model_kwargs`` are further arguments of the network, such as {"kernel_size": 9}.
     """
 
     model: str = "convnext_tiny"
@@ -38,6 +39,7 @@ class FolderOptions:
     randaugment: int = 0
     pretrained: bool = False
     init_from: str | None = None
+    model_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self):
         if self.image_size < 1:
@@ -52,6 +54,11 @@ class FolderOptions:
             raise ValueError(f"randaugment is {self.randaugment} and augment False; one of them is allowed")
         if self.pretrained and self.init_from:
             raise ValueError("pretrained and init_from are both given; one of them is allowed")
+        taken = network_arguments(self.model) - {"num_classes", "drop_path_rate", "device", "dtype"}
+        if unknown := [name for name in self.model_kwargs or {} if name not in taken]:
+            raise ValueError(
+                f"model_kwargs has {', '.join(unknown)}; of {self.model} are allowed: {', '.join(sorted(taken))}"
+            )
 
 
 def folder_trainer(
@@ -102,13 +109,13 @@ def folder_trainer(
     report = report if world.is_main else lambda line: None
     num_classes = len(listing.class_names)
     # Of the published weights one network differs from its builder's defaults by more than the head.
-    kwargs = {**(pretrained_arguments(o.model, False) if o.pretrained else {}), "num_classes": num_classes}
+    kwargs = pretrained_arguments(o.model, False) if o.pretrained else {}
+    kwargs |= {**(o.model_kwargs or {}), "num_classes": num_classes}
     if resume_from is None:
         model = world.on_all(lambda: _initial_network(o, num_classes, report))
     else:  # whatever it began with, its weights are in the checkpoint
-        model = world.on_all(lambda: create_model(o.model, drop_path_rate=o.drop_path, **kwargs))
-    preprocessing = Preprocessing(image_size=o.image_size)
-    root = Path(listing.root)
+        model = world.on_all(lambda: _create(o, **kwargs))
+    preprocessing, root = Preprocessing(image_size=o.image_size), Path(listing.root)
     start = None if o.init_from is None else os.path.realpath(o.init_from)  # the same file by whatever way
     task = Task(
         model=model,
@@ -148,18 +155,27 @@ def _initial_network(o: FolderOptions, num_classes: int, report: Callable[[str],
 
 def _start(o: FolderOptions, num_classes: int, report: Callable[[str], None]) -> nn.Module:
     if o.pretrained:
-        return create_model(o.model, pretrained=True, drop_path_rate=o.drop_path)
+        return _create(o, pretrained=True)
     if o.init_from is None:
-        return create_model(o.model, num_classes=num_classes, drop_path_rate=o.drop_path)
+        return _create(o, num_classes=num_classes)
     head = head_size(read_checkpoint(o.init_from))
-    model = create_model(o.model, pretrained=o.init_from, num_classes=head, drop_path_rate=o.drop_path)
+    model = _create(o, pretrained=o.init_from, num_classes=head)
     report(f"initialised {o.model} from {o.init_from}")
     return model
 
 
+def _create(o: FolderOptions, **kwargs) -> nn.Module:
+    try:
+        return create_model(o.model, **{**kwargs, **(o.model_kwargs or {}), "drop_path_rate": o.drop_path})
+    except TypeError as error:  # of numbers where lists are expected, and the like
+        if not o.model_kwargs:
+            raise
+        raise ValueError(f"model_kwargs is {o.model_kwargs}, which {o.model} cannot be built with: {error}") from error
+
+
 def head_size(state_dict: dict) -> int:
     """Number of classes of a checkpoint of any dialect; 0 where it has no head."""
-    head = convert_state_dict(state_dict, to="facebook").get("head.weight")
+    head = own_names(state_dict).get("head.weight")
     return 0 if head is None else len(head)
 
 

@@ -3,12 +3,15 @@
 # No "from __future__ import annotations" here: torch.fx takes annotations of forward as they are, and cannot pickle a
 # traced module where they are strings.
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 import dwconv_kernels as dk
@@ -25,10 +28,11 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
-class _Classifier(nn.Module):
-    """What both networks share: initial weights, pooling, the head, and how blocks are run.
+class ImageClassifier(nn.Module):
+    """What all networks share: pooling, the head, and how blocks are run.
 
-    Expects ``in_chans``, ``reduction``, ``num_features`` and the modules ``norm`` and ``head`` of its subclass.
+    Expects ``in_chans``, ``reduction``, ``num_features`` and the module ``head`` of its subclass, and for ``_pool`` and
+    ``_init_weights``, which are those of ConvNeXts, the module ``norm``.
     """
 
     grad_checkpointing = False
@@ -54,7 +58,7 @@ class _Classifier(nn.Module):
         """Replace the head by a freshly initialised one; 0 leaves pooled features (N, C)."""
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; 0 (no head) or more is allowed")
-        like = self.norm.weight
+        like = next(self.parameters())
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -69,7 +73,11 @@ class _Classifier(nn.Module):
             if torch.compiler.is_compiling():  # the backend is part of what was compiled
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = checkpoint(_run_on, dk.current_backend(), block, x, use_reentrant=False)
+                again = _StatisticsAsTheyAre(block)
+                x = checkpoint(
+                    _run_on, dk.current_backend(), block, x, use_reentrant=False,
+                    context_fn=lambda again=again: (nullcontext(), again),
+                )  # fmt: skip
         return x
 
     def _check_images(self, x: Tensor) -> None:
@@ -93,7 +101,7 @@ class _Classifier(nn.Module):
         return self.head(self.forward_features(x))
 
 
-class ConvNeXt(_Classifier):
+class ConvNeXt(ImageClassifier):
     """ConvNeXt V1 and V2 (``use_grn=True``).
 
     The arguments up to ``head_init_scale`` are those of the original ``models/convnext.py``.
@@ -223,7 +231,7 @@ class ConvNeXt(_Classifier):
         super().reset_classifier(num_classes)
 
 
-class ConvNeXtIsotropic(_Classifier):
+class ConvNeXtIsotropic(ImageClassifier):
     """ConvNeXt of one resolution and width (section 3.3 of the paper); arguments of ``models/convnext_isotropic.py``.
 
     Args are those of :class:`ConvNeXt`, with one ``depth`` and one ``dim``, and a stem of 16×16 patches.
@@ -279,10 +287,29 @@ def _run_on(backend: str, block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
 
 
+class _StatisticsAsTheyAre:
+    """Inside, batch norms leave their running statistics alone, which have had this batch. Can be entered again.
+
+    With a momentum of 0, and a count that is thrown away: autograd keeps what it kept the first time.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+
+    def __exit__(self, *_) -> None:
+        for norm, momentum, count in self.before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 def drop_path_rates(rate: float, count: int) -> list[float]:
     """``count`` probabilities growing linearly from 0 to ``rate``."""
-    if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-        raise ValueError(f"drop_path_rate is {rate}; a probability in [0, 1) is allowed")
+    check_probability("drop_path_rate", rate)
     return torch.linspace(0, rate, count, device="cpu").tolist()
 
 
@@ -302,6 +329,22 @@ def check_sizes(in_chans: int, num_classes: int, patch_size: int) -> None:
 def check_integer(name: str, value: int, lowest: int) -> None:
     if not isinstance(value, int) or value < lowest:
         raise ValueError(f"{name} is {value!r}; an integer of at least {lowest} is allowed")
+
+
+def check_probability(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; a probability in [0, 1) is allowed")
+
+
+def check_ratio(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; a positive number is allowed")
+
+
+def check_depths(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(numbers, Sequence) or not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise ValueError(f"{name} is {numbers!r}; one positive number per stage is allowed")
+    return tuple(numbers)
 
 
 def stage_indices(out_indices: Sequence[int] | None) -> tuple[int, ...]:

@@ -4,7 +4,9 @@
   timm's (Apache-2.0). V2 comes from its original repository, **CC BY-NC 4.0: not for commercial use**.
 - The isotropic networks and V1 tiny to large are trained on ImageNet-1K; ``in_22k=True`` asks for V1 as pretrained on
   ImageNet-22K (21 841 classes), and for V2 as pretrained there and then fine-tuned on ImageNet-1K (1000 classes).
-- The addresses are those which the two repositories and timm list. No test downloads from them: they are the one thing
+- ConvMixer's (MIT) and DWNet's (MIT) are their authors'. RepLKNet's are on Google Drive alone, from where no program
+  gets them; ``pretrained="/path/to/file"`` reads them.
+- The addresses are those which these repositories and timm list. No test downloads from them: they are the one thing
   here that nothing but a user's network can prove.
 """
 
@@ -20,10 +22,13 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, check_values, convert_state_dict, load_checkpoint, read_checkpoint
+from .checkpoint import CheckpointError, check_values, load_checkpoint, own_names, read_checkpoint
 
 _FACEBOOK = "https://dl.fbaipublicfiles.com/convnext/"
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-rsb-weights/"
+
+_CONVMIXER = "https://github.com/tmp-iclr/convmixer/releases/download/timm-v1.0/"
+_DWNET = "https://github.com/Atten4Vis/DemystifyLocalViT/releases/download/prerelease/"
 
 # (builder, in_22k) -> (address, classes). timm's file names end in the SHA-256's first digits, the others have none.
 PRETRAINED: dict[tuple[str, bool], tuple[str, int]] = {
@@ -56,6 +61,11 @@ PRETRAINED: dict[tuple[str, bool], tuple[str, int]] = {
     ("convnextv2_base", True): (f"{_FACEBOOK}convnextv2/im22k/convnextv2_base_22k_224_ema.pt", 1000),
     ("convnextv2_large", True): (f"{_FACEBOOK}convnextv2/im22k/convnextv2_large_22k_224_ema.pt", 1000),
     ("convnextv2_huge", True): (f"{_FACEBOOK}convnextv2/im22k/convnextv2_huge_22k_384_ema.pt", 1000),
+    ("convmixer_1536_20", False): (f"{_CONVMIXER}convmixer_1536_20_ks9_p7.pth.tar", 1000),
+    ("convmixer_768_32", False): (f"{_CONVMIXER}convmixer_768_32_ks7_p7_relu.pth.tar", 1000),
+    ("convmixer_1024_20_ks9_p14", False): (f"{_CONVMIXER}convmixer_1024_20_ks9_p14.pth.tar", 1000),
+    ("dwnet_tiny", False): (f"{_DWNET}dwnet_tiny_224.pth", 1000),
+    ("dwnet_base", False): (f"{_DWNET}dwnet_base_224.pth", 1000),
 }
 
 
@@ -71,6 +81,12 @@ def pretrained_arguments(name: str, in_22k: bool) -> dict[str, int | float]:
         # default has none.
         arguments["layer_scale_init_value"] = 1e-6
     return arguments
+
+
+# The convolution that sees the images: isotropic ConvNeXt, ConvNeXt, ConvMixer, DWNet, RepLKNet.
+_STEMS = (
+    "stem.weight", "downsample_layers.0.0.weight", "stem.0.weight", "patch_embed.proj.weight", "stem.0.conv.weight",
+)  # fmt: skip
 
 
 class DownloadError(OSError, RuntimeError):
@@ -103,7 +119,7 @@ def load_pretrained(model: nn.Module, name: str, source: bool | str | os.PathLik
       ``W'[:, q] = W[:, q mod P] · P / Q``, exact where Q is a multiple of P.
 
     Args:
-        model: :class:`ConvNeXt` or :class:`ConvNeXtIsotropic`.
+        model: a network of this package.
         name: the builder's, such as ``"convnext_tiny"``.
         source: True downloads into ``torch.hub.get_dir()/checkpoints``, once; a path reads that file, of any dialect.
         in_22k: which of the published weights; see the module.
@@ -118,9 +134,9 @@ def load_pretrained(model: nn.Module, name: str, source: bool | str | os.PathLik
         where, state = url, _download(url)
     else:
         where, state = os.fspath(source), read_checkpoint(source)
-    weights = convert_state_dict(state, to="facebook")
+    weights = own_names(state)
     own = model.state_dict()
-    stem = "stem.weight" if "stem.weight" in own else "downsample_layers.0.0.weight"
+    stem = next((name for name in _STEMS if name in own), None)
     if stem in weights:
         weights[stem] = _stem_for(weights[stem], own[stem].shape[1])
     theirs, ours = weights.get("head.weight"), own.get("head.weight")
@@ -143,7 +159,7 @@ def _published(name: str, in_22k: bool) -> tuple[str, int]:
     if (name, not in_22k) in PRETRAINED:
         raise ValueError(f"{name} has no published weights with in_22k={in_22k}; in_22k={not in_22k} has")
     names = ", ".join(dict.fromkeys(name for name, _ in PRETRAINED))
-    raise ValueError(f"{name} has no published weights; these have: {names}")
+    raise ValueError(f"no address of published weights is known for {name}; it is for: {names}")
 
 
 def _download(url: str) -> dict[str, Tensor]:

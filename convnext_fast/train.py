@@ -163,7 +163,7 @@ class Trainer:
             self.model.set_grad_checkpointing()
         self.ema = None
         if options.ema_decay:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay))
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options.weight_decay), lr=peak)
         self.amp_dtype = AMP_DTYPES[options.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
@@ -338,6 +338,7 @@ class Trainer:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean loss and top-1 accuracy over the validation images, each counted once over all ranks."""
         model.eval()
+        self.world.share(model.buffers())  # batch norms have statistics of their own on every rank
         device, totals = self.world.device, [0.0, 0.0, 0.0]
         for images, labels in self.val_loader:
             labels = labels.to(device, non_blocking=True)

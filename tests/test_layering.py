@@ -49,10 +49,10 @@ DWCONV_KERNELS = [
     "self_check_block", "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
-    "backend_in_use", "block", "class_swap", "block_dialects", "block_proof", "accelerate", "model", "dialects",
-    "atomic_files", "checkpoint_files", "checkpoint", "pretrained", "zoo", "backbone", "timm_registry",
-    "mmengine_registry", "__init__", "distributed", "run_folder", "data", "folder_listing", "train", "image_folder",
-    "classify", "demo", "cli", "__main__",
+    "backend_in_use", "block", "class_swap", "block_dialects", "block_proof", "accelerate", "model", "convmixer",
+    "dwnet", "replknet", "dialects", "other_names", "atomic_files", "checkpoint_files", "load_report", "checkpoint",
+    "pretrained", "zoo", "backbone", "timm_registry", "mmengine_registry", "__init__", "distributed", "run_folder",
+    "data", "folder_listing", "train", "image_folder", "classify", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from convnext_fast import ConvNeXt, ConvNeXtIsotropic
+from convnext_fast import ConvMixer, ConvNeXt, ConvNeXtIsotropic, DWNet, RepLKNet
 
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "num_classes": 5}
 VERSIONS = {
@@ -11,6 +11,20 @@ VERSIONS = {
     "v2": lambda **kw: ConvNeXt(**{**SMALL, "layer_scale_init_value": 0.0, "use_grn": True, **kw}),
     "isotropic": lambda **kw: ConvNeXtIsotropic(**{"depth": 3, "dim": 16, "num_classes": 5, "patch_size": 8, **kw}),
 }
+# Of the networks that are no ConvNeXts; each reduces images by 4.
+OTHERS = {
+    "convmixer": lambda **kw: ConvMixer(
+        **{"dim": 12, "depth": 2, "kernel_size": 5, "patch_size": 4, "num_classes": 5, **kw}
+    ),
+    "dwnet": lambda **kw: DWNet(
+        **{"embed_dim": 8, "depths": (1, 2), "patch_size": 2, "num_classes": 5, "drop_path_rate": 0.0, **kw}
+    ),
+    "replknet": lambda **kw: RepLKNet(
+        **{"large_kernel_sizes": (9,), "layers": (2,), "channels": (8,), "small_kernel": 5, "num_classes": 5,
+           "drop_path_rate": 0.0, **kw}
+    ),
+}  # fmt: skip
+each_other = pytest.mark.parametrize("build", OTHERS.values(), ids=OTHERS)
 each_version = pytest.mark.parametrize("build", VERSIONS.values(), ids=VERSIONS)
 
 
@@ -20,6 +34,17 @@ def randomised(model):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=g), alpha=0.1)
+    return model
+
+
+def with_statistics(model):
+    """A randomised model whose batch norms have seen other images than those of a test."""
+    g = torch.Generator().manual_seed(4)
+    for name, buffer in randomised(model).named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=g) * 0.3)
+        elif name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=g) + 0.5)
     return model
 
 

@@ -170,11 +170,11 @@ def test_filter_and_table(model):
 
 
 def test_nothing_to_swap_is_said():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 7, stride=2, groups=8))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 7, stride=3, groups=8))
     with pytest.warns(UserWarning, match="accelerate swapped nothing in this Sequential: 1 blocks or depthwise"):
         report = convnext_fast.accelerate(model)
     assert report.swapped == []
-    assert "stride (2, 2)" in report.skipped[0][1]
+    assert "stride (3, 3)" in report.skipped[0][1]
 
 
 def test_our_own_network_needs_none_of_it(recwarn):
@@ -212,8 +212,11 @@ def test_a_module_alone(model):
     (nn.Conv2d(4, 4, (11, 1), padding="same", groups=4), None),
     (nn.Conv2d(4, 4, (5, 3), padding="valid", groups=4), None),
     (nn.Conv2d(4, 4, 3, groups=4), "its kernel is 3×3; from 5 taps"),
-    (nn.Conv2d(4, 4, 7, stride=2, groups=4), r"stride \(2, 2\)"),
-    (nn.Conv2d(4, 4, 7, dilation=2, groups=4), r"dilation \(2, 2\)"),
+    (nn.Conv2d(4, 4, 7, stride=2, groups=4), None),
+    (nn.Conv2d(4, 4, 7, dilation=2, groups=4), None),
+    (nn.Conv2d(4, 4, 13, padding=6, groups=4), None),
+    (nn.Conv2d(4, 4, 7, stride=3, groups=4), r"stride \(3, 3\)"),
+    (nn.Conv2d(4, 4, 7, dilation=4, groups=4), r"dilation \(4, 4\)"),
     (nn.Conv2d(4, 4, 8, padding="same", groups=4), r"even size \(\(8, 8\)\)"),
     (nn.Conv2d(4, 4, 6, groups=4), "the kernel is 6×6"),
     (nn.Conv2d(4, 4, 21, padding=10, groups=4), "the kernel is 21×21"),

@@ -278,7 +278,8 @@ def test_path_of_any_dialect(server, tmp_path, as_text):
         ("convnext_xlarge", False, r"in_22k=False; in_22k=True has"),
         ("convnext_atto", True, r"in_22k=True; in_22k=False has"),
         ("convnext_isotropic_small", True, r"in_22k=True; in_22k=False has"),
-        ("convnextv2_small", False, r"convnextv2_small has no published weights; these have: convnext_atto, .*v2_huge"),
+        ("convnextv2_small", False, r"weights is known for convnextv2_small; it is for: convnext_atto, .*v2_huge"),
+        ("replknet_31b", False, r"no address of published weights is known for replknet_31b"),
     ],
 )
 def test_unpublished(server, name, in_22k, message):
@@ -293,10 +294,31 @@ def test_unpublished(server, name, in_22k, message):
 
 def test_table_covers_the_zoo():
     names = {name for name, _ in PRETRAINED}
-    assert set(convnext_fast.list_models()) - names == {"convnextv2_small"}
+    unpublished = {"convnextv2_small", "replknet_31b", "replknet_31l", "replknet_xl"}
+    assert set(convnext_fast.list_models()) - names == unpublished
     assert names <= set(convnext_fast.list_models())
-    assert len({url for url, _ in PRETRAINED.values()}) == len(PRETRAINED) == 29
+    assert len({url for url, _ in PRETRAINED.values()}) == len(PRETRAINED) == 34
     assert {classes for _, classes in PRETRAINED.values()} == {1000, 21841}
+
+
+@pytest.mark.parametrize("name, sizes, stem", [
+    ("convmixer_768_32", {"dim": 8, "depth": 2}, "stem.0.weight"),
+    ("dwnet_tiny", {"embed_dim": 4, "depths": (1, 1)}, "patch_embed.proj.weight"),
+])  # fmt: skip
+def test_other_networks_with_other_classes_and_channels(server, name, sizes, stem):
+    """Batch norms bring running statistics and integers; heads and stems change as those of ConvNeXts do."""
+    published = randomise(convnext_fast.create_model(name, **sizes))
+    url = PRETRAINED[name, False][0]
+    server.files[url] = file_of({"state_dict": published.state_dict(), "epoch": 150})
+    model = convnext_fast.create_model(name, pretrained=True, **sizes)
+    x = images(2, 56, 56)
+    assert torch.equal(model.eval()(x), published.eval()(x))
+    with pytest.warns(UserWarning, match="1000 classes and the model 3: everything is loaded but the head"):
+        grey = convnext_fast.create_model(name, pretrained=True, num_classes=3, in_chans=1, **sizes)
+    ours, theirs = grey.state_dict(), published.state_dict()
+    torch.testing.assert_close(ours[stem], theirs[stem].sum(1, keepdim=True))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != stem and not key.startswith("head."))
+    assert server.requests == [url]
 
 
 def test_addresses_are_those_that_timm_lists():
@@ -306,5 +328,5 @@ def test_addresses_are_those_that_timm_lists():
     for config in sys.modules["timm.models.convnext"].default_cfgs.values():
         listed.update({tag.url: tag.num_classes for tag in config.cfgs.values() if tag.url})
     for (name, _), (url, classes) in PRETRAINED.items():
-        if "isotropic" not in name:
+        if name.startswith("convnext") and "isotropic" not in name:
             assert listed[url] == classes, url

@@ -24,13 +24,13 @@ from .image_folders import make_folder
 KWARGS = {"in_chans": 3, "num_classes": 3, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 1}
 
 
-def make_trainer(out, poison=(), **options):
-    """A small network on 24 random images of 8×8 pixels; the images ``poison`` are NaN."""
+def make_trainer(out, poison=(), model=None, **options):
+    """A small network, or ``model``, on 24 random images of 8×8 pixels; the images ``poison`` are NaN."""
     torch.manual_seed(5)
     images, labels = torch.randn(30, 3, 8, 8), torch.arange(30) % 3
     images[list(poison)] = math.nan
     task = Task(
-        model=ConvNeXt(**KWARGS, drop_path_rate=0.3),
+        model=model or ConvNeXt(**KWARGS, drop_path_rate=0.3),
         architecture={"name": None, "kwargs": KWARGS},
         class_names=["a", "b", "c"],
         preprocessing=Preprocessing(8, 3),
