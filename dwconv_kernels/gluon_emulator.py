@@ -77,7 +77,7 @@ class Value:
 
 def _integer(data: np.ndarray, dtype: str) -> Value:
     if dtype == "int32" and data.size:
-        _check(-(2**31) <= data.min() and data.max() < 2**31, "int32 overflows")
+        _check(data.min() >= -(2**31) and data.max() < 2**31, "int32 overflows")
     return Value(data, dtype)
 
 
@@ -185,7 +185,7 @@ class Shared:
         return Shared(self.data[operator.index(at)], self.dtype)
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        _check(0 <= start and start + length <= self.shape[dim] and start % length == 0, "a slice is not aligned")
+        _check(start >= 0 and start + length <= self.shape[dim] and start % length == 0, "a slice is not aligned")
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
 
     def permute(self, order) -> Shared:

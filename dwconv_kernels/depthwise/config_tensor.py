@@ -87,9 +87,36 @@ class Large:
         }  # fmt: skip
 
 
+def why_not(dtype: str, kh: int, kw: int, strict: bool = False) -> str | None:
+    """Why tensor cores take no such kernel, with stride 1 and dilation 1; None where they do."""
+    if strict:
+        return "strict kernels, where Inf and NaN reach no output beyond their own, use no tensor cores"
+    if dtype not in DTYPES:
+        return f"x is {dtype}; tensor cores multiply bfloat16 and float16"
+    if max(kh, kw) > MAX_KERNEL:
+        return f"the kernel is {kh}×{kw}; kernels for tensor cores go up to {MAX_KERNEL}×{MAX_KERNEL}"
+    return None
+
+
+def pays(kh: int, kw: int, n: int, c: int, ow: int) -> bool:
+    """Are tensor cores faster than FMAs, where both can do it?
+
+    Predicted from machine code. Up to 36 taps FMAs take no longer than the memory does (39 issue slots per output).
+    From 99 on, tensor cores are ahead even with one of the 16 strips of a tile to do. In between, it takes most of a
+    tile: 8.5 slots at 7×7 become 136 with a single strip, against 50. Lines of C that are no multiple of 16 bytes are
+    loaded element by element, which costs about as much as it gains there.
+    """
+    if kh * kw >= 99:
+        return True
+    return kh * kw > 36 and n * -(-ow // patches(kh, kw, 1).T) >= 12 and c % 8 == 0
+
+
 @cache
-def pick_forward(kh: int, kw: int, oh: int, ow: int, arch: int) -> Stream | Large:
-    """The kernel for a forward pass or an input gradient of ``oh`` × ``ow`` outputs."""
+def pick_forward(kh: int, kw: int, oh: int, ow: int, arch: int, vectors: bool = True) -> Stream | Large:
+    """The kernel for a forward pass or an input gradient of ``oh`` × ``ow`` outputs.
+
+    ``vectors``: can 8 channels be loaded at once? If not, pointers and masks take many registers.
+    """
     choices = []
     for r in (1, 2, 4, 8):
         p = patches(kh, kw, r)
@@ -98,7 +125,7 @@ def pick_forward(kh: int, kw: int, oh: int, ow: int, arch: int) -> Stream | Larg
             choices.append((p.pairs * (p.groups + 13), r, p))
     if choices:
         p = min(choices)[2]
-        both = 4 * p.products + 8 * p.groups + 16 * p.pairs <= _MOST_TAPS + 20
+        both = vectors and 4 * p.products + 8 * p.groups + 16 * p.pairs <= _MOST_TAPS + 20
         return Stream(p, 2 if both else 1, 2, reason="taps fit into registers")
     rows = min((4, 7), key=lambda rows: (-(-oh // (4 * rows)) * rows, -rows))
     fits = shared_kb(arch) >= 163
@@ -106,8 +133,8 @@ def pick_forward(kh: int, kw: int, oh: int, ow: int, arch: int) -> Stream | Larg
 
 
 @cache
-def pick_backward_weight(kh: int, kw: int) -> Stream:
-    """The kernel for the weight's and bias's gradient."""
+def pick_backward_weight(kh: int, kw: int, vectors: bool = True) -> Stream:
+    """The kernel for the weight's and bias's gradient; ``vectors`` as in :func:`pick_forward`."""
     choices = []
     for r in (1, 2, 4, 8):
         p = patches(kh, kw, r)
@@ -117,14 +144,15 @@ def pick_backward_weight(kh: int, kw: int) -> Stream:
                 choices.append((groups * (pairs * (p.groups + 13) + 8), groups, p))
                 break
     _, groups, p = min(choices, key=lambda choice: choice[:2])
-    both = groups == 1 and 8 * p.products + 4 * p.groups + 16 * p.pairs <= 124
-    return Stream(p, 2 if both else 1, 4 if both and p.pairs == 1 else 2, groups, "sums fit into registers")
+    both = vectors and groups == 1 and 8 * p.products + 4 * p.groups + 16 * p.pairs <= 124
+    return Stream(p, 2 if both else 1, 2, groups, "sums fit into registers")
 
 
-def shipped(kh: int, kw: int, arch: int) -> Iterator[Stream | Large]:
+def shipped(kh: int, kw: int, arch: int, vectors: bool = True) -> Iterator[Stream | Large]:
     """Every choice that some map leads to, each once."""
-    yield pick_backward_weight(kh, kw)
-    yield from dict.fromkeys(pick_forward(kh, kw, oh, ow, arch) for oh in range(1, 65) for ow in (7, 14))
+    yield pick_backward_weight(kh, kw, vectors)
+    sizes = ((oh, ow) for oh in range(1, 65) for ow in (7, 14))
+    yield from dict.fromkeys(pick_forward(kh, kw, *size, arch, vectors) for size in sizes)
 
 
 @lru_cache(maxsize=4096)
@@ -168,7 +196,9 @@ def cut_weight(arch: int, tiles: int, blocks: int, oh: int, r: int, groups: int)
 def _patch_rows(oh: int, r: int) -> list[int]:
     """Numbers of patch rows per program worth a look, the most first."""
     all_rows = -(-oh // r)
-    return sorted({-(-all_rows // chunks) for chunks in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 1024)}, reverse=True)
+    return sorted(
+        {-(-all_rows // chunks) for chunks in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 1024)}, reverse=True
+    )
 
 
 def _few(count: int) -> list[int]:

@@ -18,32 +18,37 @@ from .tiles_gluon import (
     along,
     bias_of,
     copy_layout,
-    first_of_halves,
-    first_of_pair,
-    first_of_turned,
-    half_layout,
+    load_first,
+    load_first_turned,
     load_second,
     load_tile,
-    pair_layout,
+    load_window,
     product_layout,
     rows_of,
     second_layout,
+    store_block,
     store_tile,
     table_lanes,
     tile_layout,
     tile_pixels,
-    turned_layout,
     zeros,
 )
 
+# What Triton must not compile anew for: sizes that are 1 or divisible by 16.
+SIZES = [
+    "N", "H", "W", "HB", "WB", "OH", "OW", "padding_h", "padding_w", "rows", "strips", "tiles", "tiles_per_program",
+    "jobs_per_program", "shift_h", "shift_w", "column_groups", "pairs",
+]  # fmt: skip
 
-@gluon.jit
+
+@gluon.jit(do_not_specialize=SIZES)
 def _depthwise_fwd_stream_kernel(
-    x_ptr, table_ptr, bias_ptr, y_ptr, N, H, W, OH, OW, padding_h, padding_w, rows, strips, tiles, tiles_per_program,
+    x_ptr, table_ptr, bias_ptr, residual_ptr, y_ptr, N, H, W, OH, OW, padding_h, padding_w, rows, strips, tiles,
+    tiles_per_program,
     C: gl.constexpr, R: gl.constexpr, T: gl.constexpr, GROUPS: gl.constexpr, PAIRS: gl.constexpr,
-    J: gl.constexpr, PIXELS: gl.constexpr, WARPS: gl.constexpr,
+    J: gl.constexpr, PIXELS: gl.constexpr, WARPS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """y (N, OH, OW, C) of x (N, H, W, C): taps stay in registers, the rows of the map pass by.
+    """y (N, OH, OW, C) of x (N, H, W, C): taps stay in registers, the rows of the map pass by. HAS_RESIDUAL: plus one.
 
     Each input is read once per block of a window it is in (2·PAIRS times, from L1 but for the first). One program per
     (``tiles_per_program`` tiles of 16 strips, ``rows`` rows of y, BLOCK_C channels), the last varying fastest; ``rows``
@@ -55,8 +60,7 @@ def _depthwise_fwd_stream_kernel(
     CHANNEL_BLOCKS: gl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     PADDED: gl.constexpr = CHANNEL_BLOCKS * BLOCK_C
     TILE: gl.constexpr = tile_layout(STEPS, PIXELS, BLOCK_C, WARPS)
-    HALF: gl.constexpr = half_layout(WARPS)
-    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    STAGED: gl.constexpr = gl.float32 if HAS_RESIDUAL else y_ptr.dtype.element_ty
     program = gl.program_id(0)
     first_channel = (program % CHANNEL_BLOCKS) * BLOCK_C
     channel = first_channel + along(BLOCK_C, TILE, 4, 3)
@@ -81,8 +85,8 @@ def _depthwise_fwd_stream_kernel(
     end = (end_row - first_row + R - 1) // R + GROUPS - 1
     pixels = tile_pixels(W, C, R, T, STEPS, TILE)
     out_pixels = tile_pixels(OW, C, R, T, STEPS, TILE)
-    inputs = gl.allocate_shared_memory(dtype, [BLOCKS, STEPS, BLOCK_C, 16, 8], rows_of(4))
-    outputs = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_C, 16, 8], rows_of(4))
+    inputs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [PAIRS, STEPS, BLOCK_C, 2, 16, 8], rows_of(5))
+    outputs = gl.allocate_shared_memory(STAGED, [STEPS, BLOCK_C, 16, 8], rows_of(4))
     for tile in range(first_tile, gl.minimum(first_tile + tiles_per_program, tiles)):
         strip = tile * 16 + along(16, TILE, 4, 1)
         image = strip // strips
@@ -94,50 +98,46 @@ def _depthwise_fwd_stream_kernel(
         y_base = ((image.to(gl.int64) * OH + out_row) * OW + column) * C
         y_end = gl.where(image < N, end_row, 0)
         acc = ()
-        for q in gl.static_range(GROUPS):
+        for _q in gl.static_range(GROUPS):
             acc = acc + fresh
-        x = ()
-        for b in gl.static_range(BLOCKS):
-            x = x + (
-                load_tile(x_ptr, x_base + b * T * C, row, x_end, column + (b * T - padding_w), W, pixels, channel, C, BLOCK_C),
-            )
-        for step in range(begin, end, STEPS):
+        x = load_window(x_ptr, x_base, row, x_end, column - padding_w, W, pixels, channel, C, T, BLOCKS, BLOCK_C)
+        for _step in range(begin, end, STEPS):
             for b in gl.static_range(BLOCKS):
-                inputs.index(b).store(x[b].permute([0, 3, 1, 2]))
+                store_block(inputs.index(b // 2), x[b], b % 2, STEPS, BLOCK_C)
             row += STEPS * R
             x_base += STEPS * R * W * C
-            x = ()
-            for b in gl.static_range(BLOCKS):  # of the next steps, while these are multiplied
-                x = x + (
-                    load_tile(x_ptr, x_base + b * T * C, row, x_end, column + (b * T - padding_w), W, pixels, channel, C, BLOCK_C),
-                )
+            # Of the next steps, while these are multiplied.
+            x = load_window(x_ptr, x_base, row, x_end, column - padding_w, W, pixels, channel, C, T, BLOCKS, BLOCK_C)
+            residual = None
+            if HAS_RESIDUAL:  # early: at the end of the steps they would wait for it
+                residual = load_tile(residual_ptr, y_base, out_row, y_end, column, OW, out_pixels, channel, C, BLOCK_C)
             for s in gl.static_range(STEPS):
                 for pair in gl.static_range(PAIRS):
                     sums = ()
                     first = ()
                     for j in gl.static_range(J):
-                        low = inputs.index(2 * pair).slice(s, 1, dim=0).slice(j * WARPS, WARPS, dim=1).load(HALF)
-                        high = inputs.index(2 * pair + 1).slice(s, 1, dim=0).slice(j * WARPS, WARPS, dim=1).load(HALF)
-                        first = first + (first_of_halves(low, high, WARPS),)
+                        first = first + (load_first(inputs.index(pair), s, j, WARPS),)
                     for q in gl.static_range(GROUPS):
                         for j in gl.static_range(J):
                             sums = sums + (mma_v2(first[j], taps[(pair * GROUPS + q) * J + j], acc[q * J + j]),)
                     acc = sums
-                done = acc[(GROUPS - 1) * J].to(dtype)
+                done = acc[(GROUPS - 1) * J].to(STAGED)
                 if J == 2:
-                    done = gl.join(done, acc[(GROUPS - 1) * J + 1].to(dtype)).permute([3, 0, 1, 2])
+                    done = gl.join(done, acc[(GROUPS - 1) * J + 1].to(STAGED)).permute([3, 0, 1, 2])
                 outputs.slice(s, 1, dim=0).store(done.reshape([1, BLOCK_C, 16, 8]))
                 opened = fresh
                 for q in gl.static_range((GROUPS - 1) * J):
                     opened = opened + (acc[q],)
                 acc = opened
             y = outputs.permute([0, 2, 3, 1]).load(TILE)
+            if HAS_RESIDUAL:
+                y = (y + residual.to(gl.float32)).to(y_ptr.dtype.element_ty)
             store_tile(y_ptr, y, y_base, out_row, first_row, y_end, column, OW, out_pixels, channel, C, BLOCK_C)
             out_row += STEPS * R
             y_base += STEPS * R * OW * C
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def _depthwise_bwd_weight_stream_kernel(
     x_ptr, dy_ptr, partials_ptr, N, H, W, OH, OW, padding_h, padding_w, rows, strips, tiles, jobs_per_program,
     C: gl.constexpr, R: gl.constexpr, T: gl.constexpr, GROUPS: gl.constexpr, PAIRS: gl.constexpr,
@@ -156,7 +156,6 @@ def _depthwise_bwd_weight_stream_kernel(
     CHANNEL_BLOCKS: gl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     TILE: gl.constexpr = tile_layout(STEPS, PIXELS, BLOCK_C, WARPS)
     PRODUCT: gl.constexpr = product_layout(WARPS)
-    TURNED: gl.constexpr = turned_layout(WARPS)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     program = gl.program_id(0)
@@ -167,12 +166,12 @@ def _depthwise_bwd_weight_stream_kernel(
     shift = group * (BLOCKS * T) - padding_w
     pixels = tile_pixels(W, C, R, T, STEPS, TILE)
     dy_pixels = tile_pixels(OW, C, R, T, STEPS, TILE)
-    xs = gl.allocate_shared_memory(dtype, [BLOCKS, STEPS, BLOCK_C, 16, 8], rows_of(4))
+    xs = gl.allocate_shared_memory(dtype, [PAIRS, STEPS, BLOCK_C, 2, 16, 8], rows_of(5))
     dys = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_C, 16, 8], rows_of(4))
     ones = gl.full([WARPS, 16, 16], 1.0, dtype, layout=gl.DotOperandLayout(0, PRODUCT, 2))
 
     sums = ()
-    for at in gl.static_range((PAIRS * GROUPS + 1) * J):
+    for _at in gl.static_range((PAIRS * GROUPS + 1) * J):
         sums = sums + (zeros(WARPS),)
     chunks = (OH + rows - 1) // rows
     for job in range(part * jobs_per_program, gl.minimum((part + 1) * jobs_per_program, tiles * chunks)):
@@ -188,26 +187,23 @@ def _depthwise_bwd_weight_stream_kernel(
         dy_end = gl.where(image < N, end_row, 0)
         # The patch rows of dy that the newest one of the inputs meets, the newest first.
         window = ()
-        for q in gl.static_range(GROUPS * J):
+        for _q in gl.static_range(GROUPS * J):
             window = window + (gl.zeros([WARPS, 16, 8], dtype, layout=SECOND),)
-        x = ()
-        for b in gl.static_range(BLOCKS):
-            x = x + (load_tile(x_ptr, x_base + b * T * C, row, x_end, column + (b * T + shift), W, pixels, channel, C, BLOCK_C),)
+        x = load_window(x_ptr, x_base, row, x_end, column + shift, W, pixels, channel, C, T, BLOCKS, BLOCK_C)
         dy = load_tile(dy_ptr, dy_base, dy_row, dy_end, column, OW, dy_pixels, channel, C, BLOCK_C)
         # To the last patch row of the inputs that is in the map, but over all those of dy, for the bias.
         patch_rows = (end_row - dy_row + R - 1) // R
         end = gl.minimum(patch_rows + GROUPS - 1, gl.maximum((H - row + R - 1) // R, patch_rows))
-        for step in range(0, end, STEPS):
+        for _step in range(0, end, STEPS):
             for b in gl.static_range(BLOCKS):
-                xs.index(b).store(x[b].permute([0, 3, 1, 2]))
+                store_block(xs.index(b // 2), x[b], b % 2, STEPS, BLOCK_C)
             dys.store(dy.permute([0, 3, 1, 2]))
             row += STEPS * R
             x_base += STEPS * R * W * C
             dy_row += STEPS * R
             dy_base += STEPS * R * OW * C
-            x = ()
-            for b in gl.static_range(BLOCKS):  # of the next steps, while these are multiplied
-                x = x + (load_tile(x_ptr, x_base + b * T * C, row, x_end, column + (b * T + shift), W, pixels, channel, C, BLOCK_C),)
+            # Of the next steps, while these are multiplied.
+            x = load_window(x_ptr, x_base, row, x_end, column + shift, W, pixels, channel, C, T, BLOCKS, BLOCK_C)
             dy = load_tile(dy_ptr, dy_base, dy_row, dy_end, column, OW, dy_pixels, channel, C, BLOCK_C)
             for s in gl.static_range(STEPS):
                 newest = ()
@@ -220,10 +216,7 @@ def _depthwise_bwd_weight_stream_kernel(
                 new = ()
                 for pair in gl.static_range(PAIRS):
                     for j in gl.static_range(J):
-                        low = xs.index(2 * pair).slice(s, 1, dim=0).slice(j * WARPS, WARPS, dim=1)
-                        high = xs.index(2 * pair + 1).slice(s, 1, dim=0).slice(j * WARPS, WARPS, dim=1)
-                        low = low.permute([0, 1, 3, 2]).load(TURNED)
-                        first = first_of_turned(low, high.permute([0, 1, 3, 2]).load(TURNED), WARPS)
+                        first = load_first_turned(xs.index(pair), s, j, WARPS)
                         for q in gl.static_range(GROUPS):
                             new = new + (mma_v2(first, window[q * J + j], sums[(pair * J + j) * GROUPS + q]),)
                 for j in gl.static_range(J):
@@ -241,11 +234,12 @@ def _depthwise_bwd_weight_stream_kernel(
                 gl.store(partials_ptr + (to + inside), sums[PAIRS * J * GROUPS + j])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def _depthwise_fwd_large_kernel(
-    blocks_ptr, table_ptr, bias_ptr, y_ptr, N, HB, WB, OH, OW, shift_h, shift_w, column_groups, pairs,
+    blocks_ptr, table_ptr, bias_ptr, residual_ptr, y_ptr, N, HB, WB, OH, OW, shift_h, shift_w, column_groups, pairs,
     C: gl.constexpr, R: gl.constexpr, T: gl.constexpr, GROUPS: gl.constexpr,
     PATCH_ROWS: gl.constexpr, STRIPS: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """y (N, OH, OW, C) for large kernels: the sums of PATCH_ROWS × STRIPS patches stay in registers, taps pass by.
 
@@ -281,7 +275,7 @@ def _depthwise_fwd_large_kernel(
 
     bias = bias_of(bias_ptr + first_channel, WARPS)
     acc = ()
-    for at in gl.static_range(PATCH_ROWS * STRIPS):
+    for _at in gl.static_range(PATCH_ROWS * STRIPS):
         acc = acc + (bias,)
     ring = gl.allocate_shared_memory(dtype, [STRIPS + 1, CHUNK, BLOCK_C, 2, 16, 8], rows_of(5))
     for chunk in gl.static_range((PATCH_ROWS + GROUPS - 1 + CHUNK - 1) // CHUNK):
@@ -294,7 +288,7 @@ def _depthwise_fwd_large_kernel(
                 _copy_pair(ring.index(z), source, block, 2 * z, there, block_end, PADDED)
             async_copy.commit_group()
             lanes = table_ptr + first_channel * 128 + table_lanes(WARPS)
-            for pair in range(0, pairs):
+            for pair in range(pairs):
                 taps = ()
                 for q in gl.static_range(GROUPS):
                     taps = taps + (load_second(lanes + q * (PADDED * 128), WARPS),)
@@ -307,11 +301,12 @@ def _depthwise_fwd_large_kernel(
                 for f in gl.static_range(STRIPS):
                     slot = ring.index((pair + f) % (STRIPS + 1))
                     for s in gl.static_range(CHUNK):
-                        first = first_of_pair(slot.slice(s, 1, dim=0).load(pair_layout(WARPS)), WARPS)
+                        first = load_first(slot, s, 0, WARPS)
                         acc = _add_products(acc, first, taps, chunk * CHUNK + s, f, PATCH_ROWS, STRIPS, GROUPS)
             async_copy.wait_group(0)
 
-    outputs = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_C, 16, 8], rows_of(4))
+    STAGED: gl.constexpr = gl.float32 if HAS_RESIDUAL else y_ptr.dtype.element_ty
+    outputs = gl.allocate_shared_memory(STAGED, [STEPS, BLOCK_C, 16, 8], rows_of(4))
     channel = first_channel + along(BLOCK_C, TILE, 4, 3)
     group = first_group + along(16, TILE, 4, 1)
     image = group // column_groups
@@ -322,11 +317,14 @@ def _depthwise_fwd_large_kernel(
         for batch in gl.static_range((PATCH_ROWS + STEPS - 1) // STEPS):
             for s in gl.static_range(STEPS):
                 if batch * STEPS + s < PATCH_ROWS:
-                    done = acc[(batch * STEPS + s) * STRIPS + f].to(dtype)
+                    done = acc[(batch * STEPS + s) * STRIPS + f].to(STAGED)
                     outputs.slice(s, 1, dim=0).store(done.reshape([1, BLOCK_C, 16, 8]))
             y = outputs.permute([0, 2, 3, 1]).load(TILE)
             row = first_row + batch * STEPS * R
             base = ((image.to(gl.int64) * OH + row) * OW + column) * C
+            if HAS_RESIDUAL:
+                residual = load_tile(residual_ptr, base, row, y_end, column, OW, pixels, channel, C, BLOCK_C)
+                y = (y + residual.to(gl.float32)).to(y_ptr.dtype.element_ty)
             store_tile(y_ptr, y, base, row, first_row, y_end, column, OW, pixels, channel, C, BLOCK_C)
 
 

@@ -19,7 +19,7 @@ def _depthwise_fragments_kernel(
     stride_wc, stride_wh, stride_ww, stride_b,
     R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Second factors (pairs · groups, padded, 128) of weight (C, 1, KH, KW), rounded to the table's dtype, and the bias.
+    """Second factors (pairs · groups, padded, 128) of weight (C, 1, KH, KW), in the table's dtype, and the bias.
 
     Row k of the factor for pair m of blocks and patch row q is pixel (rr, cc) of block b = 2m + k // 8, its column n is
     output (r, c) of the patch; the entry is tap (q·R + rr − r, b·T + cc − c), 0 where there is none. Stored lane by
@@ -86,8 +86,8 @@ def _depthwise_diagonals_kernel(
 ):  # fmt: skip
     """dw (C, 1, KH, KW) and db (C,) from sums of products (column groups, pairs · groups + 1, padded, 16, 8), fp32.
 
-    Tap (i, j) is what output (r, c) of a patch and input (i + r, j + c), counted from the patch's first, have in common,
-    summed over the eight outputs. ``pairs`` is that of one column group. One program per (tap or, last, the bias,
+    Tap (i, j) is the product of output (r, c) of a patch with input (i + r, j + c) of its window, summed over the eight
+    outputs. ``pairs`` is that of one column group. One program per (tap or, last, the bias,
     BLOCK_C channels).
     """
     T: tl.constexpr = 8 // R
@@ -106,7 +106,9 @@ def _depthwise_diagonals_kernel(
     at = tl.where(is_bias, pairs * groups, pair % pairs * groups + row // R)
     factor = tl.where(is_bias, 0, pair // pairs) * (pairs * groups + 1) + at
     pixel = tl.where(is_bias, 0, block % 2 * 8 + row % R * T + column % T)
-    pointers = sums_ptr + (factor.to(tl.int64) * padded)[None, :] * 128 + offs_c[:, None] * 128 + (pixel * 8 + n)[None, :]
+    pointers = (
+        sums_ptr + (factor.to(tl.int64) * padded)[None, :] * 128 + offs_c[:, None] * 128 + (pixel * 8 + n)[None, :]
+    )
     total = tl.sum(tl.load(pointers, mask=inside[:, None], other=0.0), axis=1)
     to = dw_ptr + offs_c.to(tl.int64) * stride_wc + i.to(tl.int64) * stride_wh + j.to(tl.int64) * stride_ww
     tl.store(to, total.to(dw_ptr.dtype.element_ty), mask=inside & (is_bias == 0) & (wants_dw != 0))

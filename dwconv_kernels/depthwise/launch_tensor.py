@@ -6,7 +6,9 @@ Maps are channels_last without gaps, (N, C, H, W) tensors over memory (N, H, W, 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from .. import runtime
 from . import config_tensor as config
@@ -28,13 +30,13 @@ def convolve(
     """Fills y (N, C, OH, OW) with x convolved with the weight, or the weight turned around, plus ``residual``."""
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, y.shape[2:], weight.shape[2:]
     arch = runtime.arch(x)
-    choice = config.pick_forward(kh, kw, oh, ow, arch)
+    choice = config.pick_forward(kh, kw, oh, ow, arch, _vectors(x, y, residual))
     p = choice.patches
     blocks = -(-c // choice.block_c)
     with runtime.on_device(x):
         table, table_bias = _table(x, weight, bias, flip, p, blocks * choice.block_c)
         if isinstance(choice, config.Large):
-            _convolve_large(x, table, table_bias, padding, y, choice)
+            _convolve_large(x, table, table_bias, residual, padding, y, choice)
             return
         strips = -(-ow // p.T)
         tiles = -(-n * strips // 16)
@@ -42,11 +44,15 @@ def convolve(
         grid = blocks * -(-oh // rows) * -(-tiles // several)
         _run(
             kernels_gluon._depthwise_fwd_stream_kernel, grid,
-            x, table, table_bias, y, n, h, w, oh, ow, *padding, rows, strips, tiles, several, **choice.constants(c),
+            x, table, table_bias, y if residual is None else residual, y,
+            n, h, w, oh, ow, *padding, rows, strips, tiles, several,
+            **choice.constants(c), HAS_RESIDUAL=residual is not None,
         )  # fmt: skip
 
 
-def _convolve_large(x: Tensor, table: Tensor, bias: Tensor, padding: Pair, y: Tensor, choice: config.Large) -> None:
+def _convolve_large(
+    x: Tensor, table: Tensor, bias: Tensor, residual: Tensor | None, padding: Pair, y: Tensor, choice: config.Large
+) -> None:
     (n, c, h, w), (oh, ow), p = x.shape, y.shape[2:], choice.patches
     channel_blocks = table.shape[1] // choice.block_c
     # Windows begin at blocks: the map begins within one.
@@ -62,17 +68,17 @@ def _convolve_large(x: Tensor, table: Tensor, bias: Tensor, padding: Pair, y: Te
     grid = channel_blocks * -(-oh // (choice.patch_rows * p.R)) * -(-n * columns // 16)
     _run(
         kernels_gluon._depthwise_fwd_large_kernel, grid,
-        maps, table, bias, y, n, hb, wb, oh, ow, shift_h, shift_w, columns, p.pairs, **choice.constants(c),
+        maps, table, bias, y if residual is None else residual, y,
+        n, hb, wb, oh, ow, shift_h, shift_w, columns, p.pairs,
+        **choice.constants(c), HAS_RESIDUAL=residual is not None,
     )  # fmt: skip
 
 
-def weight_gradient(
-    dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None, db: Tensor | None
-) -> None:
+def weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None, db: Tensor | None) -> None:
     """Fills dw (C, 1, KH, KW) and db (C,), each unless it is None."""
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, dy.shape[2:], kernel
     arch = runtime.arch(x)
-    choice = config.pick_backward_weight(kh, kw)
+    choice = config.pick_backward_weight(kh, kw, _vectors(x, dy))
     p, constants = choice.patches, choice.constants(c)
     pairs = constants["PAIRS"]
     blocks = -(-c // choice.block_c)
@@ -115,8 +121,38 @@ def _table(
     return table, table_bias
 
 
+def _vectors(*maps: Tensor | None) -> bool:
+    """Can all of them be read and written 8 channels at once?"""
+    return all(m is None or (m.shape[1] % 8 == 0 and m.data_ptr() % 16 == 0) for m in maps)
+
+
+class Refused(Exception):
+    """This version of Triton does not compile a kernel, and does not from now on."""
+
+
+_refusal: str | None = None
+
+
+def refusal() -> str | None:
+    """Why Triton compiles none of these kernels; None as long as that has not happened."""
+    return _refusal
+
+
 def _run(kernel, programs: int, *args, **constants) -> None:
+    global _refusal
     if runtime.INTERPRETER:
         emulate(kernel, programs, *args, **constants)
-    else:
+        return
+    try:
         kernel[(programs,)](*args, **constants, num_warps=config.WARPS)
+    except Exception as error:
+        if not _is_of_the_compiler(error):
+            raise
+        text = str(error).strip().splitlines() or [""]
+        _refusal = f"Triton {triton.__version__} does not compile {kernel.fn.__name__}: {text[-1]}"
+        raise Refused(_refusal) from error
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    # Passes of the compiler raise nothing more special, and neither do errors of a GPU.
+    return isinstance(error, (TritonError, NotImplementedError)) or "PassManager" in str(error)

@@ -45,14 +45,6 @@ def copy_layout(rows, warps):
 
 
 @gluon.constexpr_function
-def half_layout(warps):
-    """Of a block of each strip, (1, warps, 16, 8), as ldmatrix hands them out: half of a first factor."""
-    lanes = [[0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
-    registers = [[0, 0, 0, 1], [0, 0, 8, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, _warps_along(1, 4, warps), [], [1, warps, 16, 8])
-
-
-@gluon.constexpr_function
 def pair_layout(warps):
     """Of a pair of blocks of each group, (1, warps, 2, 16, 8), as ldmatrix hands them out: a first factor."""
     lanes = [[0, 0, 0, 0, 2], [0, 0, 0, 0, 4], [0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 0, 4, 0]]
@@ -62,10 +54,10 @@ def pair_layout(warps):
 
 @gluon.constexpr_function
 def turned_layout(warps):
-    """Of a block of each strip, (1, warps, 8 pixels, 16 strips), from ldmatrix.trans: half of a first factor."""
-    lanes = [[0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
-    registers = [[0, 0, 0, 1], [0, 0, 0, 8]]
-    return gl.DistributedLinearLayout(registers, lanes, _warps_along(1, 4, warps), [], [1, warps, 8, 16])
+    """Of the same pair, (1, warps, 2, 8 pixels, 16 strips), from ldmatrix.trans: a first factor turned around."""
+    lanes = [[0, 0, 0, 0, 2], [0, 0, 0, 0, 4], [0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 0, 4, 0]]
+    registers = [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 8]]
+    return gl.DistributedLinearLayout(registers, lanes, _warps_along(1, 5, warps), [], [1, warps, 2, 8, 16])
 
 
 @gluon.constexpr_function
@@ -151,6 +143,19 @@ def load_tile(
 
 
 @gluon.jit
+def load_window(
+    x_ptr, base, row, end, column, W, pixels, channel,
+    C: gl.constexpr, T: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_C: gl.constexpr,
+):  # fmt: skip
+    """A tile for each of the BLOCKS blocks side by side that are under a patch; arguments as :func:`load_tile`'s."""
+    tiles = ()
+    for b in gl.static_range(BLOCKS):
+        of_block = base + b * T * C
+        tiles = tiles + (load_tile(x_ptr, of_block, row, end, column + b * T, W, pixels, channel, C, BLOCK_C),)
+    return tiles
+
+
+@gluon.jit
 def store_tile(
     y_ptr, y, base, row, begin, end, column, W, pixels, channel,
     C: gl.constexpr, BLOCK_C: gl.constexpr,
@@ -182,26 +187,28 @@ def load_second(pointers, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def first_of_halves(low, high, WARPS: gl.constexpr):
-    """Two blocks of each strip, (1, WARPS, 16, 8), as a first factor, (WARPS, 16 strips, 16 pixels)."""
+def load_first(pairs, step, j: gl.constexpr, WARPS: gl.constexpr):
+    """A pair of blocks of each strip as a first factor, (WARPS, 16 strips, 16 pixels).
+
+    ``pairs`` is (steps, channels, 2, 16, 8) in shared memory.
+    """
     FIRST: gl.constexpr = gl.DotOperandLayout(0, product_layout(WARPS), 2)
-    both = gl.join(low, high).permute([0, 1, 2, 4, 3]).reshape([WARPS, 16, 16])
-    return gl.convert_layout(both, FIRST, assert_trivial=True)
-
-
-@gluon.jit
-def first_of_turned(low, high, WARPS: gl.constexpr):
-    """Two blocks of each strip, (1, WARPS, 8, 16), as a first factor, (WARPS, 16 pixels, 16 strips)."""
-    FIRST: gl.constexpr = gl.DotOperandLayout(0, product_layout(WARPS), 2)
-    both = gl.join(low, high).permute([0, 1, 4, 2, 3]).reshape([WARPS, 16, 16])
-    return gl.convert_layout(both, FIRST, assert_trivial=True)
-
-
-@gluon.jit
-def first_of_pair(pair, WARPS: gl.constexpr):
-    """A pair of blocks of each group, (1, WARPS, 2, 16, 8), as a first factor, (WARPS, 16 groups, 16 pixels)."""
-    FIRST: gl.constexpr = gl.DotOperandLayout(0, product_layout(WARPS), 2)
+    pair = pairs.slice(step, 1, dim=0).slice(j * WARPS, WARPS, dim=1).load(pair_layout(WARPS))
     return gl.convert_layout(pair.permute([0, 1, 3, 2, 4]).reshape([WARPS, 16, 16]), FIRST, assert_trivial=True)
+
+
+@gluon.jit
+def load_first_turned(pairs, step, j: gl.constexpr, WARPS: gl.constexpr):
+    """The same turned around, (WARPS, 16 pixels, 16 strips)."""
+    FIRST: gl.constexpr = gl.DotOperandLayout(0, product_layout(WARPS), 2)
+    pair = pairs.slice(step, 1, dim=0).slice(j * WARPS, WARPS, dim=1).permute([0, 1, 2, 4, 3])
+    return gl.convert_layout(pair.load(turned_layout(WARPS)).reshape([WARPS, 16, 16]), FIRST, assert_trivial=True)
+
+
+@gluon.jit
+def store_block(pairs, x, half: gl.constexpr, STEPS: gl.constexpr, BLOCK_C: gl.constexpr):
+    """A tile (STEPS, 16, 8, BLOCK_C) as one of two blocks into (STEPS, BLOCK_C, 2, 16, 8) in shared memory."""
+    pairs.slice(half, 1, dim=2).store(x.permute([0, 3, 1, 2]).reshape([STEPS, BLOCK_C, 1, 16, 8]))
 
 
 @gluon.jit
