@@ -93,7 +93,7 @@ class Part(NamedTuple):
 
 
 class KernelCase(NamedTuple):
-    """One convolution on the kernels, stride and dilation 1: its sizes, and how its tensors lie in memory."""
+    """One convolution on the kernels: its sizes, and how its tensors lie in memory."""
 
     dtype: str
     n: int
@@ -112,40 +112,62 @@ class KernelCase(NamedTuple):
     cut: str = "whole"
     order: str = "forward"
     strict: bool = False
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
 
     def __str__(self) -> str:
         sizes = f"{self.n}x{self.c}x{self.h}x{self.w}-k{self.kh}x{self.kw}-p{self.ph}{self.pw}-{self.dtype}"
+        for letter, pair in (("s", self.stride), ("d", self.dilation)):
+            sizes += f"-{letter}{pair[0]}{pair[1]}" * (pair != (1, 1))
         return f"{sizes}-{self.cut}{'-strict' * self.strict}".replace(", ", "_").replace(" ", "_")
 
     @property
     def same(self) -> bool:
-        return (self.ph, self.pw) == (self.kh // 2, self.kw // 2)
+        return (self.ph, self.pw) == tuple(d * (k // 2) for d, k in zip(self.dilation, (self.kh, self.kw), strict=True))
+
+    @property
+    def geometry(self) -> dict[str, tuple[int, int]]:
+        """What the public function is told."""
+        return {"stride": self.stride, "padding": (self.ph, self.pw), "dilation": self.dilation}
 
     @property
     def output(self) -> tuple[int, int]:
-        return self.h + 2 * self.ph - self.kh + 1, self.w + 2 * self.pw - self.kw + 1
+        sizes = zip((self.h, self.w), (self.ph, self.pw), (self.kh, self.kw), self.stride, self.dilation, strict=True)
+        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, k, s, d in sizes)
 
     def parts(self) -> Iterator[Part]:
         """The kernels that compute y, dx, and dw with db, in this order."""
         at = (self.dtype, self.kh, self.kw, self.same)
         blocks, arch = -(-self.c // config.BLOCK_C), 90 if self.cut == "sm_90" else 0
-        for h, w in (self.output, (self.h, self.w)):
-            choice = config.pick_forward(*at, w, self.strict)
-            columns = self.n * choice.strips(w) * blocks
-            rows = (CUTS[self.cut] or [config.rows_per_program(arch, columns, h, self.kh)])[0]
+        spread = config.dilation_of(self.kh, self.kw, self.dilation)
+        (oh, ow), tall = self.output, math.ceil(self.kh / self.stride[0])
+        if self.stride == (1, 1):
+            maps = [
+                (*size, config.pick_forward(*at, size[1], self.strict, spread)) for size in ((oh, ow), (self.h, self.w))
+            ]
+            weight, high = config.pick_backward_weight(*at, ow, self.strict, spread), math.ceil(self.h / spread[0])
+        else:
+            *choices, weight = config.pick_strided(self.stride)
+            of_dx = ((self.h, self.w)[k] - 1 + (self.ph, self.pw)[k] for k in range(2))
+            of_dx = [last // s + 1 - p // s for last, s, p in zip(of_dx, self.stride, (self.ph, self.pw), strict=True)]
+            maps = [(*size, choice) for size, choice in zip(((oh, ow), of_dx), choices, strict=True)]
+            high = oh + tall - 1
+        for h, w, choice in maps:
+            columns, h = self.n * choice.strips(w) * choice.phases * blocks, math.ceil(h / choice.dilation[0])
+            rows = (CUTS[self.cut] or [config.rows_per_program(arch, columns, h, tall)])[0]
             yield Part(choice, choice.strips(w), math.ceil(h / rows), self.n, columns * math.ceil(h / rows))
-        choice = config.pick_backward_weight(*at, self.output[1], self.strict)
-        columns = choice.strips(self.output[1]) * blocks
-        cut = CUTS[self.cut] or config.cut_backward_weight(arch, columns, self.n, self.h, self.kh)[::-1]
-        chunks, groups = math.ceil(self.h / cut[0]), math.ceil(self.n / cut[1])
-        yield Part(choice, choice.strips(self.output[1]), chunks, groups, columns * chunks * groups)
+        columns = weight.strips(ow) * weight.phases * weight.groups(self.kh) * blocks
+        cut = CUTS[self.cut] or config.cut_backward_weight(arch, columns, self.n, high, tall)[::-1]
+        chunks, groups = math.ceil(high / cut[0]), math.ceil(self.n / cut[1])
+        yield Part(weight, weight.strips(ow), chunks, groups, columns * chunks * groups)
 
     def seconds(self) -> float:
         """About what the three passes take in the interpreter."""
         milliseconds = (self.kh * self.kw + 1) * (3.8 * math.ceil(self.c / 128) + 1.7 * math.ceil(self.c / 32))
         for part, h in zip(self.parts(), (self.output[0], self.h, self.h), strict=True):
-            rows = part.programs * (min(self.h, math.ceil(h / part.chunks) + self.kh - 1))
-            milliseconds += 9 * part.programs + rows * (1.4 + 0.045 * part.choice.block_w * self.kh * self.kw)
+            rows = part.programs * (min(self.h, math.ceil(h / (part.chunks * self.dilation[0])) + self.kh - 1))
+            products = part.choice.block_w * self.kh * self.kw / part.choice.groups(self.kh)
+            milliseconds += 9 * part.programs + rows * (1.4 + 0.045 * products)
         return milliseconds / 1000
 
 
@@ -179,7 +201,8 @@ def _values(case: KernelCase) -> Iterator[dict[str, object]]:
     fields["h < kh"], fields["w < kw"] = case.h < case.kh, case.w < case.kw
     fields["h is odd"], fields["n > 1"] = case.h % 2, case.n > 1
     for part in case.parts():
-        fields["choice"] = (part.choice.kernel, part.choice.edge, part.choice.block_w, case.strict)
+        choice = part.choice
+        fields["choice"] = (choice.kernel, choice.edge, choice.block_w, case.strict, choice.cached)
         fields |= {"strips": min(3, part.strips), "chunks": min(3, part.chunks), "groups": min(2, part.groups)}
         yield fields
 
@@ -226,3 +249,66 @@ def kernel_cases() -> list[KernelCase]:
     pool = [_random_case(dice, dtype, *kernel, same) for dtype, kernel, same in kinds]
     pool = [(case, case.seconds(), meetings(case)) for case in pool if min(case.output) > 0 and case.seconds() < 3]
     return cover(pool, overhead=0.3)
+
+
+# Beyond odd kernels up to 9×9 without stride and dilation: (KH, KW, stride, dilation).
+ONE = (1, 1)
+DILATED = [
+    (7, 7, ONE, (3, 3)), (7, 7, ONE, (2, 2)), (7, 7, ONE, (2, 1)), (3, 5, ONE, (2, 3)), (5, 3, ONE, (1, 2)),
+    (9, 1, ONE, (3, 1)), (1, 5, ONE, (3, 2)), (3, 11, ONE, (2, 2)),
+]  # fmt: skip
+LARGE = [
+    *((k, k, ONE, ONE) for k in (11, 13, 15, 17)), (13, 5, ONE, ONE), (11, 3, ONE, ONE), (5, 13, ONE, ONE),
+    (17, 5, ONE, ONE), (3, 17, ONE, ONE), (1, 51, ONE, ONE), (51, 1, ONE, ONE), (31, 1, ONE, ONE),
+]  # fmt: skip
+STRIDED = [
+    (3, 3, (2, 2), ONE), (5, 5, (2, 2), ONE), (7, 7, (2, 2), ONE), (9, 9, (2, 2), ONE), (1, 1, (2, 2), ONE),
+    (7, 3, (2, 1), ONE), (3, 9, (1, 2), ONE), (1, 7, (2, 2), ONE),
+]  # fmt: skip
+GEOMETRIES = [*DILATED, *LARGE, *STRIDED]
+GEOMETRY_MEETINGS = [
+    ("geometry",), ("choice",),
+    *(("kernel", "kind", field) for field in ("dtype", "edge")),
+    *(("kernel", field) for field in ("strips", "chunks", "groups", "whole blocks", "n > 1", "cached")),
+    *(("kind", field) for field in ("same", "h is odd", "h < kh", "w < kw", "in phase", "uneven")),
+    ("x",), ("dy",), ("weight",), ("bias",), ("c",), ("order",),
+]  # fmt: skip
+
+
+def geometry_meetings(case: KernelCase) -> set[tuple]:
+    met = set()
+    (sh, sw), (dh, dw) = case.stride, case.dilation
+    for fields in _values(case):
+        # Strided, dilated, large.
+        fields["kind"] = (max(case.stride) > 1, max(case.dilation) > 1, max(case.kh, case.kw) > 9)
+        fields["kernel"], fields["edge"], _, _, fields["cached"] = fields["choice"]
+        fields["geometry"] = (case.kh, case.kw, case.stride, case.dilation)
+        # Phases of a dilation may have other sizes, and begin elsewhere in x than in y; and so do those of a stride.
+        fields["uneven"] = (case.h % max(dh, sh) != 0, case.w % max(dw, sw) != 0)
+        fields["in phase"] = (case.ph % max(dh, sh) == 0, case.pw % max(dw, sw) == 0)
+        met |= {(names, *(fields[name] for name in names)) for names in GEOMETRY_MEETINGS}
+    return met
+
+
+def _random_geometry(dice: random.Random, dtype: str, kh: int, kw: int, stride: tuple, dilation: tuple) -> KernelCase:
+    same, narrow = dice.random() < 0.6, (1, 2, 3, 5, 7, 8, 11, 13)
+    widths = (*narrow, *(size * dilation[1] for size in (7, 8, 14)), 7 * dilation[1] + 1, 15 * dilation[1] - 1)
+    paddings = [
+        d * (k // 2) if same else dice.randrange(d * (k - 1) + 1)
+        for k, d in zip((kh, kw), dilation, strict=True)
+    ]  # fmt: skip
+    return KernelCase(
+        dtype, dice.choice((1, 2, 3)), dice.choice((1, 3, 7, 31, 32, 33)), dice.choice(HEIGHTS), dice.choice(widths),
+        kh, kw, *paddings, dice.choice(LAYOUTS), dice.choice(LAYOUTS), dice.choice(WEIGHT_LAYOUTS),
+        dice.choice(BIAS_LAYOUTS), dice.randrange(1, 16), dice.choice(list(CUTS)), dice.choice(ORDERS),
+        (kh, kw) == (7, 7) and stride == ONE and dtype != "fp32" and dice.random() < 0.4, stride, dilation,
+    )  # fmt: skip
+
+
+@functools.cache
+def geometry_cases() -> list[KernelCase]:
+    """The cover of GEOMETRIES."""
+    dice = random.Random(7)
+    pool = [_random_geometry(dice, dtype, *g) for g in GEOMETRIES for dtype in DTYPES * 60]
+    pool = [(case, case.seconds(), geometry_meetings(case)) for case in pool if min(case.output) > 0]
+    return cover([entry for entry in pool if entry[1] < 2], overhead=0.1)

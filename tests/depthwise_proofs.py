@@ -83,15 +83,43 @@ def input_gradient(case: KernelCase, weight: Tensor, dy: Tensor, residual: Tenso
     like = map_in_layout(torch.empty((case.n, case.c, case.h, case.w), device=dy.device), case.x, case.offset)
     dx = registration.empty_map(like, like.shape, dx_dtype)
     with cut(case.cut), dk.strict() if case.strict else contextlib.nullcontext():
-        runtime.launchers("depthwise").depthwise_input_gradient(dy, weight, (case.ph, case.pw), dx, residual)
+        runtime.launchers("depthwise").depthwise_input_gradient(
+            dy, weight, (case.ph, case.pw), dx, residual, case.dilation
+        )
     return dx
+
+
+# Rows and tiles (of the weight gradient: tiles of so many rows) that a program of the tensor cores' kernels takes.
+TENSOR_CUTS = {"whole": None, "8 rows": (8, 1), "16 rows, 2 tiles": (16, 2), "3 tiles": (512, 3), "sm_90": None}
+
+
+@contextlib.contextmanager
+def on_tensor_cores(name: str = "whole") -> Iterator[None]:
+    """The same for tensor cores, which compute whatever they can."""
+    launch = runtime.launchers("depthwise")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch.tensor.config, "pays", return_value=True))
+        if name == "sm_90":
+            stack.enter_context(mock.patch.object(runtime, "arch", return_value=90))
+        elif TENSOR_CUTS[name] is not None:
+            for function in ("cut_stream", "cut_weight"):
+                stack.enter_context(mock.patch.object(launch.tensor.config, function, return_value=TENSOR_CUTS[name]))
+        yield
 
 
 @contextlib.contextmanager
 def cut(name: str) -> Iterator[None]:
-    """Maps are cut up as cases.CUTS says, whatever there would be to gain from it."""
+    """Maps are cut up as cases.CUTS says, whatever there would be to gain from it, and computed by FMAs.
+
+    "tensor ", then one of TENSOR_CUTS: by tensor cores.
+    """
+    if name.startswith("tensor "):
+        with on_tensor_cores(name.removeprefix("tensor ")):
+            yield
+        return
     launch = runtime.launchers("depthwise")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch.config, "on_tensor_cores", return_value=False))
         if name == "sm_90":
             stack.enter_context(mock.patch.object(runtime, "arch", return_value=90))
         elif name != "whole":
@@ -105,14 +133,14 @@ def on_kernels(case: KernelCase, inputs: list, dy: Tensor, wanted: tuple[bool, b
     """y, and of dx, dw and, where there is a bias, db those that are ``wanted``. The inputs' strides are kept."""
     leaves = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, wanted, strict=True)]
     with dk.backend("triton"), cut(case.cut), dk.strict() if case.strict else contextlib.nullcontext():
-        y = dk.depthwise_conv2d(*leaves, padding=(case.ph, case.pw))
+        y = dk.depthwise_conv2d(*leaves, **case.geometry)
         return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None and t.requires_grad], dy)]
 
 
 def by_pytorch(case: KernelCase, inputs: list, dy: Tensor) -> list[Tensor]:
     """y, dx, dw and, where there is a bias, db by PyTorch's own convolution, in the inputs' dtype."""
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in inputs]
-    y = F.conv2d(*leaves, padding=(case.ph, case.pw), groups=case.c)
+    y = F.conv2d(*leaves, **case.geometry, groups=case.c)
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
 
 

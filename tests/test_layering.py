@@ -21,14 +21,22 @@ LAUNCH = {"torch", "runtime", "registration", "dtypes", "kernels", "kernels_gluo
 MAY_IMPORT = {
     "strips": {"triton", "primitives"},  # what the depthwise kernels share
     "tiles": {"triton", "primitives"},  # what those of layer norm + linear share, and those of the block
-    "kernels": {"triton", "primitives", "strips", "kernels_weight", "tiles", "kernels_backward", "kernels_grn"},
+    "kernels": {
+        "triton", "primitives", "strips", "kernels_weight", "kernels_strided", "tiles", "kernels_backward",
+        "kernels_grn",
+    },
     "kernels_backward": {"triton", "primitives", "tiles"},
     "kernels_grn": {"triton", "primitives"},
     "kernels_weight": {"triton", "primitives", "strips"},
-    "kernels_gluon": {"triton", "primitives", "strips"},
-    "config": {"devices"},
+    "kernels_strided": {"triton", "primitives", "strips", "kernels_weight"},
+    "tiles_gluon": {"triton"},  # what the depthwise kernels for tensor cores share
+    "kernels_gluon": {"triton", "tiles_gluon"},
+    "kernels_tables": {"triton"},
+    "config": {"devices", "config_tensor"},
+    "config_tensor": {"devices"},
     "reference": {"torch", "dtypes"},
-    "launch": {*LAUNCH, "launch_common", "launch_backward"},
+    "launch": {*LAUNCH, "launch_common", "launch_backward", "launch_tensor"},
+    "launch_tensor": {*LAUNCH, "triton", "gluon_emulator", "config_tensor", "kernels_tables"},
     "launch_common": LAUNCH,  # of the block, whose launchers are in three files
     "launch_backward": {*LAUNCH, "launch_common"},
     "op": {"torch", "runtime", "registration", "dtypes", "config", "reference"},
@@ -44,7 +52,7 @@ BLOCK_STANDS_ON = {
 
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [
-    "_version", "devices", "dtypes", "runtime", "primitives", "interpreter", "testing", "registration", "FAMILIES",
+    "_version", "devices", "dtypes", "runtime", "primitives", "interpreter", "gluon_emulator", "testing", "registration", "FAMILIES",
     "modules", "self_check_common", "self_check_depthwise", "self_check_norm_linear_bounds", "self_check_norm_linear",
     "self_check_block", "self_check", "__init__",
 ]  # fmt: skip
@@ -115,7 +123,7 @@ def complaint_in_dwconv_kernels(path: Path, name: str) -> str | None:
             other = family == "block" and target[2] in BLOCK_STANDS_ON.get(module, set())
             return None if own or other else f"{family}/{module}.py may not import {name}"
         return None if len(target) > 1 and target[1] in allowed else f"{module}.py may import {sorted(allowed)}"
-    if parts[0] in ("primitives", "interpreter") and target[0] in ("triton", "numpy"):
+    if parts[0] in ("primitives", "interpreter", "gluon_emulator") and target[0] in ("triton", "numpy"):
         return None
     if target[0] not in ("dwconv_kernels", "torch"):
         return "only torch, and Triton below the launchers"

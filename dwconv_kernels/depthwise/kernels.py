@@ -11,7 +11,12 @@ import triton
 import triton.language as tl
 
 from ..primitives import KEEP, fma, plus, prefetch, repeated, take
-from .kernels_weight import (  # noqa: F401 (launch.py finds all kernels in this module)
+from .kernels_strided import (  # noqa: F401 (launch.py finds all kernels in this module)
+    _depthwise_bwd_input_strided_kernel,
+    _depthwise_bwd_weight_strided_kernel,
+    _depthwise_fwd_strided_kernel,
+)
+from .kernels_weight import (  # noqa: F401 (the same)
     _depthwise_bwd_weight_kernel,
     _depthwise_bwd_weight_pairs_kernel,
     _depthwise_sum_kernel,
@@ -22,30 +27,29 @@ from .strips import (
     columns_inside,
     load_columns,
     load_residual,
+    load_rows,
+    phase_of,
     store_row,
     store_row_where,
     strip_start,
 )
 
 
-@triton.jit
-def load_rows(table, first: tl.constexpr, count: tl.constexpr, C: tl.constexpr):
-    values = ()
-    for q in tl.static_range(count):
-        values = values + (tl.load(table + (first + q) * C),)
-    return values
-
-
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def _depthwise_fwd_kernel(
     x_ptr, taps_ptr, residual_ptr, y_ptr, H, W, OH, OW, padding_h, padding_w, rows, strips,
-    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr, CACHED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y (N, OH, OW, C) of x (N, H, W, C) and taps (KH·KW + 1, C), any padding ≤ K − 1; HAS_RESIDUAL: plus one like y.
+    """y (N, OH, OW, C) of x (N, H, W, C) and taps (KH·KW + 1, C); HAS_RESIDUAL: plus one like y.
 
-    One program per (image, ``rows`` rows of y, strip, BLOCK_C channels), the last varying fastest.
+    Any padding ≤ D·(K − 1). CACHED: taps are read anew for each row of x, from L1, as they would not fit in registers
+    beside the sums; each serves BLOCK_W products.
+
+    One program per (image, ``rows`` rows of y in a phase of the dilation, strip, phase, BLOCK_C channels), the last
+    varying fastest. From ``phase_of`` on, sizes are those of the phase.
     """
+    PIXEL: tl.constexpr = DW * C
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     COLUMNS: tl.constexpr = BLOCK_W + KW - 1
     # The first of the columns that are read: without those beside the strip, "whole" starts at the padding.
@@ -54,9 +58,17 @@ def _depthwise_fwd_kernel(
     program = tl.program_id(0)
     channels = (program % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
     rest = program // CHANNEL_BLOCKS
+    all_h = H
+    all_w = W
+    all_oh = OH
+    all_ow = OW
+    x_h, x_w, y_h, y_w, H, W, OH, OW, padding_h, padding_w = phase_of(
+        rest % (DH * DW), H, W, OH, OW, padding_h, padding_w, DH, DW
+    )
+    rest = rest // (DH * DW)
     start = strip_start(rest % strips, strips, OW, BLOCK_W, EDGE)
     rest = rest // strips
-    chunks = (OH + rows - 1) // rows
+    chunks = ((all_oh + DH - 1) // DH + rows - 1) // rows
     first_row = (rest % chunks) * rows
     end_row = tl.minimum(first_row + rows, OH)
     n = (rest // chunks).to(tl.int64)
@@ -70,40 +82,48 @@ def _depthwise_fwd_kernel(
     # Lanes beyond C do the work of the last channel again, and do not store it.
     offs_c = channels if C % BLOCK_C == 0 else tl.minimum(channels, C - 1)
     owned = None if C % BLOCK_C == 0 and EDGE != "masked" else channels < C
-    taps = load_rows(taps_ptr + offs_c, 0, KH * KW, C)
-    bias = tl.load(taps_ptr + KH * KW * C + offs_c)
+    taps_ptr += offs_c
+    taps = () if CACHED else load_rows(taps_ptr, 0, KH * KW, C)
+    bias = tl.load(taps_ptr + KH * KW * C)
 
     # Rows of x that rows first_row … end_row − 1 of y need.
     begin = tl.maximum(first_row - PH, 0)
     end = tl.minimum(end_row - PH + KH - 1, H)
-    row_of_x = W.to(tl.int64) * C
-    x_step = W * C
-    row_of_y = OW.to(tl.int64) * C
-    y_step = OW * C
+    if DH > 1:  # a phase may end with the program above
+        end = tl.where(first_row < end_row, end, begin)
+    line_of_x = all_w.to(tl.int64) * C
+    x_step = all_w * (DH * C)
+    line_of_y = all_ow.to(tl.int64) * C
+    y_step = all_ow * (DH * C)
     keeps = columns_inside(start, W, PW, COLUMNS)
     column = start - PW if EDGE == "masked" else start
-    x_row = x_ptr + ((n * H + begin) * row_of_x + column.to(tl.int64) * C + offs_c)
-    left = x_row + tl.where(start >= KW // 2, -(KW // 2) * C, 0)
-    right = x_row + tl.where(start + BLOCK_W + KW // 2 <= W, BLOCK_W * C, 0)
+    x_row = x_ptr + ((n * all_h + begin * DH + x_h) * line_of_x + (column * DW + x_w).to(tl.int64) * C + offs_c)
+    left = x_row + tl.where(start >= KW // 2, -(KW // 2) * PIXEL, 0)
+    right = x_row + tl.where(start + BLOCK_W + KW // 2 <= W, BLOCK_W * PIXEL, 0)
+    y_column = (start * DW + y_w).to(tl.int64) * C
     # Row `row` of x completes row `row + PH − (KH − 1)` of y.
-    y_row = y_ptr + ((n * OH + (begin + PH - (KH - 1))) * row_of_y + start.to(tl.int64) * C + offs_c)
+    y_row = y_ptr + ((n * all_oh + (begin + PH - (KH - 1)) * DH + y_h) * line_of_y + y_column + offs_c)
     # The same row of the residual, but never one above this program's: loads in the loop need no mask for rows.
-    residual_row = residual_ptr + ((n * OH + first_row) * row_of_y + start.to(tl.int64) * C + offs_c)
+    residual_row = residual_ptr + ((n * all_oh + first_row * DH + y_h) * line_of_y + y_column + offs_c)
 
     acc = repeated(bias, (KH - 1) * BLOCK_W)
     for row in range(begin, end):
-        xs = load_columns(x_row, left, right, KEEP, keeps[0], keeps[COLUMNS - 1], keeps, C, KW, BLOCK_W, EDGE)
+        xs = load_columns(x_row, left, right, KEEP, keeps[0], keeps[COLUMNS - 1], keeps, PIXEL, KW, BLOCK_W, EDGE)
         complete = row + PH - (KH - 1) >= first_row
-        residual = load_residual(residual_row, owned, start, OW, C, BLOCK_W, EDGE, HAS_RESIDUAL)
+        residual = load_residual(residual_row, owned, start, OW, PIXEL, BLOCK_W, EDGE, HAS_RESIDUAL)
         sums = ()
         for a in tl.static_range(KH):
+            if CACHED:
+                row_of_taps = load_rows(taps_ptr, (KH - 1 - a) * KW, KW, C)
+            else:
+                row_of_taps = take(taps, (KH - 1 - a) * KW, KW)
             for t in tl.static_range(BLOCK_W):
                 s = acc[a * BLOCK_W + t] if a < KH - 1 else bias
                 for j in tl.static_range(KW):
                     if t + j >= FIRST and t + j < FIRST + READ:
-                        s = fma(xs[t + j - FIRST], taps[(KH - 1 - a) * KW + j], s)
+                        s = fma(xs[t + j - FIRST], row_of_taps[j], s)
                 sums = sums + (s,)
-        store_row_where(complete, y_row, sums, 0, residual, owned, start, OW, C, BLOCK_W, EDGE)
+        store_row_where(complete, y_row, sums, 0, residual, owned, start, OW, PIXEL, BLOCK_W, EDGE)
         acc = take(sums, BLOCK_W, (KH - 1) * BLOCK_W)
         x_row += x_step
         y_row += y_step
@@ -112,19 +132,20 @@ def _depthwise_fwd_kernel(
             left += x_step
             right += x_step
     # Rows of y that reach below the map.
+    row_of_y = line_of_y * DH
     residual_row -= tl.maximum(first_row - (end + PH - (KH - 1)), 0) * row_of_y
     for a in tl.static_range(KH - 1 if EDGE == "masked" else KH // 2):
         out = end + PH - (KH - 1) + a
         inside = (out >= first_row) & (out < end_row) & (channels < C)
-        residual = load_residual(residual_row + a * row_of_y, inside, start, OW, C, BLOCK_W, EDGE, HAS_RESIDUAL)
-        store_row(y_row + a * row_of_y, acc, a * BLOCK_W, residual, inside, start, OW, C, BLOCK_W, EDGE)
+        residual = load_residual(residual_row + a * row_of_y, inside, start, OW, PIXEL, BLOCK_W, EDGE, HAS_RESIDUAL)
+        store_row(y_row + a * row_of_y, acc, a * BLOCK_W, residual, inside, start, OW, PIXEL, BLOCK_W, EDGE)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def _depthwise_fwd_pairs_kernel(
     x_ptr, taps_ptr, residual_ptr, y_ptr, H, W, rows, strips,
-    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """The same for "same" padding and half types, two rows at a time: 11 instead of 14 products of rows for KH = 7.
 
@@ -139,13 +160,20 @@ def _depthwise_fwd_pairs_kernel(
     P: tl.constexpr = KH // 2
     PW: tl.constexpr = KW // 2
     COLUMNS: tl.constexpr = BLOCK_W + KW - 1
+    PIXEL: tl.constexpr = DW * C
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     channels = (program % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
     rest = program // CHANNEL_BLOCKS
+    chunks = ((H + DH - 1) // DH + rows - 1) // rows
+    line_of_x = W.to(tl.int64) * C
+    image_of_x = H * line_of_x
+    row_of_x = line_of_x * DH
+    x_step = W * (DH * C)
+    x_h, x_w, _, _, H, W, _, _, _, _ = phase_of(rest % (DH * DW), H, W, H, W, 0, 0, DH, DW)
+    rest = rest // (DH * DW)
     start = strip_start(rest % strips, strips, W, BLOCK_W, "strips")
     rest = rest // strips
-    chunks = (H + rows - 1) // rows
     first_row = (rest % chunks) * rows
     end_row = tl.minimum(first_row + rows, H)
     n = (rest // chunks).to(tl.int64)
@@ -161,15 +189,15 @@ def _depthwise_fwd_pairs_kernel(
 
     begin = tl.maximum(first_row - (P + 1) // 2 * 2, 0)
     end = tl.minimum(end_row + P, H)
-    row_of_x = W.to(tl.int64) * C
-    x_step = W * C
+    if DH > 1:  # a phase may end with the program above
+        end = tl.where(first_row < end_row, end, begin)
     keep_left = tl.where(start >= PW, KEEP, 0).to(tl.uint32)
     keep_right = tl.where(start + BLOCK_W + PW <= W, KEEP, 0).to(tl.uint32)
-    image = n * H * row_of_x
-    offset = image + start.to(tl.int64) * C + offs_c
+    image = n * image_of_x + x_h * line_of_x + x_w * C
+    offset = image + start.to(tl.int64) * PIXEL + offs_c
     x_row = x_ptr + (offset + begin * row_of_x)
-    left = x_row + tl.where(start >= PW, -PW * C, 0)
-    right = x_row + tl.where(start + BLOCK_W + PW <= W, BLOCK_W * C, 0)
+    left = x_row + tl.where(start >= PW, -PW * PIXEL, 0)
+    right = x_row + tl.where(start + BLOCK_W + PW <= W, BLOCK_W * PIXEL, 0)
     y_row = y_ptr + (offset + (begin - P) * row_of_x)
     # Of the residual, the second row of the pair, but never one above this program's: loads need no mask. As P is odd,
     # a program's first row is the second one of a pair; the one below its last is in the map, if the loop gets there.
@@ -177,7 +205,8 @@ def _depthwise_fwd_pairs_kernel(
     # Lanes 0…15 fetch the columns of the next pair's first row, lanes 16…31 those of its second.
     lane = tl.arange(0, BLOCK_C)
     column = tl.minimum(tl.maximum(start + lane % 16 - PW, 0), W - 1)
-    ahead = x_ptr + (image + (begin + 2 + lane // 16) * row_of_x + column * C + (program % CHANNEL_BLOCKS) * BLOCK_C)
+    column = column * PIXEL + (program % CHANNEL_BLOCKS) * BLOCK_C
+    ahead = x_ptr + (image + (begin + 2 + lane // 16) * row_of_x + column)
 
     p0 = repeated(zero, P * BLOCK_W)
     p1 = repeated(bias, P * BLOCK_W)
@@ -185,25 +214,27 @@ def _depthwise_fwd_pairs_kernel(
     for row in range(begin, end, 2):
         prefetch(ahead, row + 2 + lane // 16, H)
         ahead += 2 * x_step
-        xe = load_columns(x_row, left, right, KEEP, keep_left, keep_right, (), C, KW, BLOCK_W, "strips")
+        xe = load_columns(x_row, left, right, KEEP, keep_left, keep_right, (), PIXEL, KW, BLOCK_W, "strips")
         # Where H is odd, the last pair's second row is the first one again, times 0.
         there = row + 1 < H
         step = tl.where(there, x_step, 0)
         keep = tl.where(there, KEEP, 0).to(tl.uint32)
         keep_l = tl.where(there, keep_left, 0).to(tl.uint32)
         keep_r = tl.where(there, keep_right, 0).to(tl.uint32)
-        xo = load_columns(x_row + step, left + step, right + step, keep, keep_l, keep_r, (), C, KW, BLOCK_W, "strips")
+        xo = load_columns(
+            x_row + step, left + step, right + step, keep, keep_l, keep_r, (), PIXEL, KW, BLOCK_W, "strips"
+        )
         first_there = row - P >= first_row
         second_there = (row - P + 1 >= first_row) & (row - P + 1 < end_row)
         above = tl.where(first_there, -x_step, 0)
-        r0 = load_residual(residual_row + above, None, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
-        r1 = load_residual(residual_row, None, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
+        r0 = load_residual(residual_row + above, None, start, W, PIXEL, BLOCK_W, "strips", HAS_RESIDUAL)
+        r1 = load_residual(residual_row, None, start, W, PIXEL, BLOCK_W, "strips", HAS_RESIDUAL)
         s0 = _add_row(p0, xe, even, zero, P + 1, KW, BLOCK_W)
         s1 = take(p1, 0, BLOCK_W) + _add_row(take(p1, BLOCK_W, (P - 1) * BLOCK_W), xo, odd, bias, P, KW, BLOCK_W)
         s2 = _add_row(p2, plus(xe, 0, xo, 0, COLUMNS), both, bias + bias, P + 1, KW, BLOCK_W)
         y0, y1 = _pair_of_rows(s0, s1, s2, 0, BLOCK_W)
-        store_row_where(first_there, y_row, y0, 0, r0, owned, start, W, C, BLOCK_W, "strips")
-        store_row_where(second_there, y_row + x_step, y1, 0, r1, owned, start, W, C, BLOCK_W, "strips")
+        store_row_where(first_there, y_row, y0, 0, r0, owned, start, W, PIXEL, BLOCK_W, "strips")
+        store_row_where(second_there, y_row + x_step, y1, 0, r1, owned, start, W, PIXEL, BLOCK_W, "strips")
         p0 = take(s0, BLOCK_W, P * BLOCK_W)
         p1 = take(s1, BLOCK_W, P * BLOCK_W)
         p2 = take(s2, BLOCK_W, P * BLOCK_W)
@@ -219,11 +250,12 @@ def _depthwise_fwd_pairs_kernel(
     for a in tl.static_range((P + 1) // 2):
         y0, y1 = _pair_of_rows(p0, p1, p2, a * BLOCK_W, BLOCK_W)
         inside = (out + 2 * a >= first_row) & (out + 2 * a < end_row) & (channels < C)
-        r0 = load_residual(residual_row + 2 * a * row_of_x, inside, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
-        store_row(y_row + 2 * a * row_of_x, y0, 0, r0, inside, start, W, C, BLOCK_W, "strips")
+        r0 = load_residual(residual_row + 2 * a * row_of_x, inside, start, W, PIXEL, BLOCK_W, "strips", HAS_RESIDUAL)
+        store_row(y_row + 2 * a * row_of_x, y0, 0, r0, inside, start, W, PIXEL, BLOCK_W, "strips")
         inside = (out + 2 * a + 1 >= first_row) & (out + 2 * a + 1 < end_row) & (channels < C)
-        r1 = load_residual(residual_row + (2 * a + 1) * row_of_x, inside, start, W, C, BLOCK_W, "strips", HAS_RESIDUAL)
-        store_row(y_row + (2 * a + 1) * row_of_x, y1, 0, r1, inside, start, W, C, BLOCK_W, "strips")
+        r1 = residual_row + (2 * a + 1) * row_of_x
+        r1 = load_residual(r1, inside, start, W, PIXEL, BLOCK_W, "strips", HAS_RESIDUAL)
+        store_row(y_row + (2 * a + 1) * row_of_x, y1, 0, r1, inside, start, W, PIXEL, BLOCK_W, "strips")
 
 
 @triton.jit

@@ -6,12 +6,20 @@ for a contiguous (N, C, H, W) map that is two more passes over memory in each di
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import registration, runtime
 from ..dtypes import NAMES, name_of
 from . import config, kernels
+
+try:
+    from . import launch_tensor as tensor
+except (ImportError, AttributeError) as error:  # Gluon is experimental: what it is made of may change
+    tensor, _NO_GLUON = None, f"this version of Triton has another Gluon ({error})"
 
 Pair = tuple[int, int]
 
@@ -22,24 +30,49 @@ _TAPS_BLOCK_C = 128
 def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> str | None:
     """Why no kernel takes this convolution; None where one does."""
     name = name_of(runtime.autocast_dtype(x) or x.dtype)
-    n, c, h, w = x.shape
-    if w + 2 * padding[1] > config.MAX_W or c * (w + 2 * padding[1]) >= 2**30 or max(n, h) >= 2**30:
+    (n, c, h, w), kernel = x.shape, weight.shape[2:]
+    reason = config.why_not(name, *kernel, stride, padding, dilation, runtime.strict_kernels())
+    if reason is not None:
+        return reason
+    wide = w + 2 * padding[1]
+    rows = config.dilation_of(*kernel, dilation)[0]  # that a step from row to row goes down
+    if wide > config.MAX_W or c * wide * rows >= 2**30 or max(n, h) >= 2**30:
         return (
-            f"x has shape {tuple(x.shape)}; with padding, the kernels take W up to {config.MAX_W}, and C·W, N and H "
-            f"below 2^30"
+            f"x has shape {tuple(x.shape)}; with padding, the kernels take W up to {config.MAX_W}, and C·W"
+            f"{'' if rows == 1 else ' times the dilation'}, N and H below 2^30"
         )
-    return config.why_not(name, *weight.shape[2:], stride, padding, dilation)
+    if config.is_too_large(*kernel):
+        return _why_not_tensor(n, c, wide)
+    return None
+
+
+def _why_not_tensor(n: int, c: int, wide: int) -> str | None:
+    """Why tensor cores are not to be used, for maps of so many images, channels and columns."""
+    if tensor is None:
+        return _NO_GLUON
+    if c * wide >= tensor.config.MAX_ROW or n * wide >= 2**30:
+        return f"x has C·W of {c * wide} and N·W of {n * wide}; kernels for tensor cores take less than 2^26 and 2^30"
+    return tensor.refusal()
+
+
+def _on_tensor_cores(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair, ow: int) -> bool:
+    n, c, _, w = x.shape
+    taken = config.on_tensor_cores(NAMES[x.dtype], *kernel, stride, dilation, n, c, ow, runtime.strict_kernels())
+    return taken and _why_not_tensor(n, c, max(w, ow) + kernel[1]) is None
 
 
 def depthwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """y (N, C, OH, OW) in x's memory format; stride and dilation are 1."""
+    """y (N, C, OH, OW) in x's memory format."""
     _refuse_unsupported(x, weight, stride, padding, dilation)
     kernel = weight.shape[2:]
-    size = [x.shape[2 + k] + 2 * padding[k] - kernel[k] + 1 for k in range(2)]
+    size = [(x.shape[2 + k] + 2 * padding[k] - dilation[k] * (kernel[k] - 1) - 1) // stride[k] + 1 for k in range(2)]
     y = registration.empty_map(x, (*x.shape[:2], *size))
-    convolve(x, weight, bias, padding, y, flip=False)
+    if _has(stride):
+        _strided_map(0, x, weight, bias, stride, padding, y)
+    else:
+        convolve(x, weight, bias, padding, y, flip=False, dilation=dilation)
     return y
 
 
@@ -59,16 +92,18 @@ def depthwise_backward(
     dx = registration.empty_map(x, x.shape) if wanted[0] else x.new_empty(0)
     dw, db = registration.parameter_gradients((weight, bias), wanted[1:], x)
     dy = dy.contiguous(memory_format=torch.channels_last)  # once for both passes
-    if wanted[0]:
-        depthwise_input_gradient(dy, weight, padding, dx)
+    if wanted[0] and _has(stride):
+        _strided_map(1, dy, weight, None, stride, padding, dx)
+    elif wanted[0]:
+        depthwise_input_gradient(dy, weight, padding, dx, dilation=dilation)
     if wanted[1] or wants_db:
-        kernel = weight.shape[2:]
-        depthwise_weight_gradient(dy, x, kernel, padding, dw if wanted[1] else None, db if wants_db else None)
+        wanted_of = (dw if wanted[1] else None, db if wants_db else None)
+        depthwise_weight_gradient(dy, x, weight.shape[2:], padding, *wanted_of, dilation=dilation, stride=stride)
     return dx, dw, db
 
 
 def depthwise_input_gradient(
-    dy: Tensor, weight: Tensor, padding: Pair, dx: Tensor, residual: Tensor | None = None
+    dy: Tensor, weight: Tensor, padding: Pair, dx: Tensor, residual: Tensor | None = None, dilation: Pair = (1, 1)
 ) -> None:
     """Fills dx (N, C, H, W) with the gradient for dy (N, C, OH, OW), plus ``residual`` (N, C, H, W) where there is one.
 
@@ -81,12 +116,19 @@ def depthwise_input_gradient(
     if residual is not None and residual.numel() > 0 and residual.data_ptr() == dx.data_ptr():
         raise ValueError("residual is dx; a map in memory of its own is allowed")
     # The same operator on dy, with the taps turned around.
-    turned = tuple(k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True))
-    convolve(dy, weight, None, turned, dx, flip=True, residual=residual)
+    turned = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
+    convolve(dy, weight, None, turned, dx, flip=True, residual=residual, dilation=dilation)
 
 
 def depthwise_weight_gradient(
-    dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None, db: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    kernel: Pair,
+    padding: Pair,
+    dw: Tensor | None,
+    db: Tensor | None,
+    dilation: Pair = (1, 1),
+    stride: Pair = (1, 1),
 ) -> None:
     """Fills dw (C, 1, KH, KW) and db (C,), each unless it is None, in their own dtypes; dy and x agree in theirs."""
     if dy.numel() == 0:
@@ -96,18 +138,50 @@ def depthwise_weight_gradient(
         return
     dy = dy.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
+    if tuple(stride) == tuple(dilation) == (1, 1):
+        kernel, padding, dw = _gradient_in_reach(dy, x, kernel, padding, dw)
+    if not _weight_gradient_tensor(dy, x, kernel, padding, dw, db, dilation, stride):
+        _weight_gradient_fma(dy, x, kernel, padding, dw, db, dilation, stride)
+
+
+def _gradient_in_reach(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None):
+    """Kernel, padding and dw without the taps that are off the map for every output; their gradients become zero."""
+    whole = kernel
+    for k in range(2):
+        first, end = config.used_taps(kernel[k], padding[k], x.shape[2 + k], dy.shape[2 + k])
+        kernel = (*kernel[:k], end - first, *kernel[k + 1 :])
+        padding = (*padding[:k], padding[k] - first, *padding[k + 1 :])
+        if dw is not None and kernel[k] < whole[k]:
+            dw.zero_()
+            dw = dw.narrow(2 + k, first, end - first)
+    return kernel, padding, dw
+
+
+def _weight_gradient_tensor(dy, x, kernel, padding, dw, db, dilation, stride) -> bool:
+    """Has it been done, on tensor cores?"""
+    if not _on_tensor_cores(x, kernel, stride, dilation, dy.shape[3]):
+        return False
+    return _done_or_refused(lambda: tensor.weight_gradient(dy, x, kernel, padding, dw, db), kernel)
+
+
+def _weight_gradient_fma(dy, x, kernel, padding, dw, db, dilation, stride) -> None:
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, dy.shape[2:], kernel
-    choice = config.pick_backward_weight(
-        NAMES[x.dtype], kh, kw, _is_same(kernel, padding), ow, runtime.strict_kernels()
-    )
-    strips = choice.strips(ow)
-    images, rows = config.cut_backward_weight(runtime.arch(x), strips * _blocks(c), n, h, kh)
-    parts = strips * -(-h // rows) * -(-n // images)
+    dilation = config.dilation_of(kh, kw, dilation)
+    if _has(stride):
+        choice, tall = config.pick_strided(stride)[2], -(-kh // stride[0])
+        high = oh + tall - 1  # groups of rows of x, see kernels_strided.py
+    else:
+        same = _is_same(kernel, padding, dilation)
+        choice = config.pick_backward_weight(NAMES[x.dtype], kh, kw, same, ow, runtime.strict_kernels(), dilation)
+        high, tall = -(-h // dilation[0]), kh
+    strips, groups = choice.strips(ow), choice.groups(kh)
+    columns = strips * choice.phases * groups * _blocks(c)
+    images, rows = config.cut_backward_weight(runtime.arch(x), columns, n, high, tall)
+    parts = strips * choice.phases * -(-high // rows) * -(-n // images)
     with runtime.on_device(x):
-        partials = torch.empty((parts, kh * kw + 1, c), dtype=torch.float32, device=x.device)
+        partials = torch.empty((parts, kh * kw + groups, c), dtype=torch.float32, device=x.device)
         settings = config.settings(choice, c, kh, kw)
-        grid = (parts * _blocks(c),)
-        launch = getattr(kernels, choice.kernel)[grid]
+        launch = getattr(kernels, choice.kernel)[(parts * groups * _blocks(c),)]
         if choice.pairs:
             launch(x, dy, partials, n, h, w, rows, strips, images, **settings)
         else:
@@ -119,8 +193,40 @@ def depthwise_weight_gradient(
             partials, db if dw is None else dw, dw if db is None else db, parts,
             int(dw is not None), int(db is not None), c,
             *((0, 0, 0) if dw is None else (dw.stride(0), dw.stride(2), dw.stride(3))),
-            KH=kh, KW=kw, **_SUM_BLOCK, num_warps=4, num_stages=1,
+            KH=kh, KW=kw, GROUPS=groups, **_SUM_BLOCK, num_warps=4, num_stages=1,
         )  # fmt: skip
+
+
+def _has(stride: Pair) -> bool:
+    return tuple(stride) != (1, 1)
+
+
+def _strided_map(
+    which: int, source: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, out: Tensor
+) -> None:
+    """Fills ``out``, of any layout: y of x (``which`` is 0), or dx of dy (1)."""
+    if out.numel() == 0:
+        return
+    source = source.contiguous(memory_format=torch.channels_last)
+    result = out if out.is_contiguous(memory_format=torch.channels_last) else _empty_channels_last(out)
+    (h, w), (oh, ow) = (t.shape[2:] for t in ((source, out), (out, source))[which])
+    n, c, kh, kw = *source.shape[:2], *weight.shape[2:]
+    choice = config.pick_strided(stride)[which]
+    # Rows and columns that programs share out: of y, or groups of those of dx, see kernels_strided.py.
+    high, wide = oh, ow
+    if which == 1:
+        high, wide = ((s - 1 + p) // d + 1 - p // d for s, p, d in zip((h, w), padding, stride, strict=True))
+    strips = choice.strips(wide)
+    columns = n * strips * _blocks(c)
+    rows = config.rows_per_program(runtime.arch(source), columns, high, -(-kh // stride[0]))
+    with runtime.on_device(source):
+        taps = _taps(source, weight, bias, pairs=False, flip=False)
+        getattr(kernels, choice.kernel)[(columns * -(-high // rows),)](
+            source, taps, result, h, w, oh, ow, padding[0], padding[1], rows, strips,
+            **config.settings(choice, c, kh, kw),
+        )  # fmt: skip
+    if result is not out:
+        out.copy_(result)
 
 
 def _refuse_unsupported(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
@@ -134,8 +240,8 @@ def _blocks(c: int) -> int:
     return -(-c // config.BLOCK_C)
 
 
-def _is_same(kernel: Pair, padding: Pair) -> bool:
-    return tuple(padding) == (kernel[0] // 2, kernel[1] // 2)
+def _is_same(kernel: Pair, padding: Pair, dilation: Pair) -> bool:
+    return tuple(padding) == (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
 
 
 def convolve(
@@ -146,6 +252,7 @@ def convolve(
     out: Tensor,
     flip: bool,
     residual: Tensor | None = None,
+    dilation: Pair = (1, 1),
 ) -> None:
     """Fills ``out`` (N, C, OH, OW), of any layout, with x convolved with the weight, or the weight turned around.
 
@@ -157,12 +264,51 @@ def convolve(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = out if out.is_contiguous(memory_format=torch.channels_last) else _empty_channels_last(out)
-    (n, c, h, w), (oh, ow), (kh, kw) = x.shape, out.shape[2:], weight.shape[2:]
-    choice = config.pick_forward(NAMES[x.dtype], kh, kw, _is_same((kh, kw), padding), ow, runtime.strict_kernels())
-    strips = choice.strips(ow)
-    columns = n * strips * _blocks(c)
-    rows = config.rows_per_program(runtime.arch(x), columns, oh, kh)
-    grid = (columns * -(-oh // rows),)
+    if tuple(dilation) == (1, 1):
+        weight, padding = _taps_in_reach(x, weight, padding, out, flip)
+    if not _convolve_tensor(x, weight, bias, padding, y, flip, residual, dilation):
+        _convolve_fma(x, weight, bias, padding, y, flip, residual, dilation)
+    if y is not out:
+        out.copy_(y)
+
+
+def _taps_in_reach(x: Tensor, weight: Tensor, padding: Pair, out: Tensor, flip: bool) -> tuple[Tensor, Pair]:
+    """The weight without taps that are off the map for every output, where that makes it a smaller kernel."""
+    for k in range(2):
+        size = weight.shape[2 + k]
+        first, end = config.used_taps(size, padding[k], x.shape[2 + k], out.shape[2 + k])
+        padding = (*padding[:k], padding[k] - first, *padding[k + 1 :])
+        weight = weight.narrow(2 + k, size - end if flip else first, end - first)
+    return weight, padding
+
+
+def _convolve_tensor(x, weight, bias, padding, y, flip, residual, dilation) -> bool:
+    """Has it been done, on tensor cores?"""
+    if not _on_tensor_cores(x, weight.shape[2:], (1, 1), dilation, y.shape[3]):
+        return False
+    return _done_or_refused(lambda: tensor.convolve(x, weight, bias, padding, y, flip, residual), weight.shape[2:])
+
+
+def _done_or_refused(launch: Callable[[], None], kernel: Pair) -> bool:
+    try:
+        launch()
+    except tensor.Refused as error:
+        if config.is_too_large(*kernel):
+            raise RuntimeError(f'{error}; backend("torch") computes this convolution') from error
+        warnings.warn(f"{error}; kernels on FMAs take its place", stacklevel=2)
+        return False
+    return True
+
+
+def _convolve_fma(x, weight, bias, padding, y, flip, residual, dilation) -> None:
+    (n, c, h, w), (oh, ow), (kh, kw) = x.shape, y.shape[2:], weight.shape[2:]
+    dilation = config.dilation_of(kh, kw, dilation)
+    same = _is_same((kh, kw), padding, dilation)
+    choice = config.pick_forward(NAMES[x.dtype], kh, kw, same, ow, runtime.strict_kernels(), dilation)
+    strips, high = choice.strips(ow), -(-oh // dilation[0])
+    columns = n * strips * choice.phases * _blocks(c)
+    rows = config.rows_per_program(runtime.arch(x), columns, high, kh)
+    grid = (columns * -(-high // rows),)
     with runtime.on_device(x):
         taps = _taps(x, weight, bias, choice.pairs, flip)
         settings = config.settings(choice, c, kh, kw, residual is not None)
@@ -172,8 +318,6 @@ def convolve(
             kernel[grid](x, taps, added, y, h, w, rows, strips, **settings)
         else:
             kernel[grid](x, taps, added, y, h, w, oh, ow, padding[0], padding[1], rows, strips, **settings)
-    if y is not out:
-        out.copy_(y)
 
 
 def _empty_channels_last(like: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ SLOW = Options(slow=2.0)  # machines that run tests are busy; the report's own l
 FORWARD, WEIGHT = ("_depthwise_fwd_kernel", "_depthwise_fwd_pairs_kernel"), "_depthwise_bwd_weight_pairs_kernel"
 
 
-def reports(dtype, kh, kw, c, arch, wanted=lambda build: True):
+def reports(dtype, kh, kw, c, arch, wanted=lambda build: True, **geometry):
     rows = []
-    for build in filter(wanted, machine_code.depthwise_builds(dtype, kh, kw, c)):
+    for build in filter(wanted, machine_code.depthwise_builds(dtype, kh, kw, c, **geometry)):
         rows += machine_code.report(build, arch, SLOW)
     return rows
 
@@ -115,8 +115,9 @@ def test_everything(arch, dtype):
 
 
 @pytest.fixture
-def launches():
-    """What Triton would have compiled, of every launch."""
+def launches(monkeypatch):
+    """What Triton would have compiled, of every launch of a kernel on FMAs."""
+    monkeypatch.setattr(config, "on_tensor_cores", lambda *_: False)
     with captured() as seen:
         yield seen
 

@@ -216,7 +216,7 @@ def test_a_module_alone(model):
     (nn.Conv2d(4, 4, 7, dilation=2, groups=4), None),
     (nn.Conv2d(4, 4, 13, padding=6, groups=4), None),
     (nn.Conv2d(4, 4, 7, stride=3, groups=4), r"stride \(3, 3\)"),
-    (nn.Conv2d(4, 4, 7, dilation=4, groups=4), r"dilation \(4, 4\)"),
+    (nn.Conv2d(4, 4, 7, padding=12, dilation=4, groups=4), r"dilation \(4, 4\)"),
     (nn.Conv2d(4, 4, 8, padding="same", groups=4), r"even size \(\(8, 8\)\)"),
     (nn.Conv2d(4, 4, 6, groups=4), "the kernel is 6×6"),
     (nn.Conv2d(4, 4, 21, padding=10, groups=4), "the kernel is 21×21"),

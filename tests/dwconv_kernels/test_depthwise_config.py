@@ -1,6 +1,7 @@
 """Which depthwise kernel runs on what: properties of config.py over all sizes, and what the tests' own cover covers."""
 
 import ast
+import functools
 import itertools
 from pathlib import Path
 
@@ -9,18 +10,37 @@ import pytest
 from dwconv_kernels import devices
 from dwconv_kernels.depthwise import config
 from tests import cases
-from tests.cases import CHANNELS, DTYPES, KERNELS, kernel_cases
+from tests.cases import (
+    CHANNELS,
+    DILATED,
+    DTYPES,
+    GEOMETRIES,
+    KERNELS,
+    LARGE,
+    ONE,
+    STRIDED,
+    geometry_cases,
+    kernel_cases,
+)
 
 ARCHITECTURES = (0, 75, *devices.MULTIPROCESSORS, 999)  # the interpreter, known ones, and two that are not
-KINDS = list(itertools.product(DTYPES, KERNELS, (False, True)))
+SIZES = [(kernel, ONE) for kernel in KERNELS] + [((kh, kw), dilation) for kh, kw, _, dilation in DILATED + LARGE]
+KINDS = list(itertools.product(DTYPES, SIZES, (False, True)))
 
 
-def picked(dtype, kernel, strict, widths=range(1, 301)):
-    """Each choice for maps of these widths, and the widths it is for."""
-    found = {}
+@functools.cache
+def picked(dtype, size, strict, widths=range(1, 201)):
+    """Each choice for maps of these widths, and the widths it is for; ``size`` is of the kernel, and its dilation."""
+    found, (kernel, dilation) = {}, (size[0], config.dilation_of(*size[0], size[1]))
     for pick, same, w in itertools.product((config.pick_forward, config.pick_backward_weight), (True, False), widths):
-        found.setdefault(pick(dtype, *kernel, same, w, strict), []).append(w)
+        found.setdefault(pick(dtype, *kernel, same, w, strict, dilation), []).append(w)
     return found
+
+
+def in_phases(choice, widths):
+    """(strips of each row, columns) of each phase of a dilation, for maps of these widths."""
+    d = choice.dilation[1]
+    return sorted({(choice.strips(w), columns) for w in widths for columns in (w // d, -(-w // d)) if columns > 0})
 
 
 # Compiled variants
@@ -30,12 +50,13 @@ def picked(dtype, kernel, strict, widths=range(1, 301)):
 @pytest.mark.parametrize("strict", [False, True])
 def test_at_most_eight_kernels_are_compiled_for_all_sizes(dtype, strict):
     """Per number of channels, dtype and size of the kernel; N and H are not even asked for."""
-    for kernel in KERNELS:
+    for size in SIZES:
         compiled = {
-            (choice.kernel, *choice.constants(96, *kernel).items(), *choice.options().items())
-            for choice in picked(dtype, kernel, strict)
+            (choice.kernel, *choice.constants(96, *size[0]).items(), *choice.options().items())
+            for choice in picked(dtype, size, strict)
         }
-        assert len(compiled) + 2 <= 8, kernel  # the table of taps, and the second stage of the weight's gradient
+        assert len(compiled) + 2 <= 8, size  # the table of taps, and the second stage of the weight's gradient
+    assert all(len(set(config.pick_strided(stride))) == 3 for stride in ((2, 2), (1, 2), (2, 1)))
 
 
 def test_no_size_and_no_address_is_compiled_into_a_kernel():
@@ -49,7 +70,7 @@ def test_no_size_and_no_address_is_compiled_into_a_kernel():
         if target.id in ("SIZES", "POINTERS")
     }
     kernels = 0
-    for file in sorted(folder.glob("kernels*.py")):
+    for file in sorted({*folder.glob("kernels*.py")} - {folder / "kernels_gluon.py", folder / "kernels_tables.py"}):
         for function in ast.parse(file.read_text()).body:
             if not isinstance(function, ast.FunctionDef) or not function.name.endswith("_kernel"):
                 continue
@@ -60,14 +81,14 @@ def test_no_size_and_no_address_is_compiled_into_a_kernel():
             assert arguments - pointers <= set(told["do_not_specialize"]), function.name
             assert pointers <= set(told["do_not_specialize_on_alignment"]), function.name
             kernels += 1
-    assert kernels == 6
+    assert kernels == 9
 
 
-@pytest.mark.parametrize("dtype, kernel, strict", KINDS, ids=str)
-def test_shipped_is_all_there_is(dtype, kernel, strict):
-    shipped = list(config.shipped(dtype, *kernel, strict))
+@pytest.mark.parametrize("dtype, size, strict", KINDS, ids=str)
+def test_shipped_is_all_there_is(dtype, size, strict):
+    shipped = list(config.shipped(dtype, *size[0], strict, config.dilation_of(*size[0], size[1])))
     assert len(shipped) == len(set(shipped))
-    assert set(shipped) == set(picked(dtype, kernel, strict, [*range(1, 301), 32_768, 32_769, 10**6]))
+    assert set(shipped) == set(picked(dtype, size, strict, (*range(1, 301), 32_768, 32_769, 10**6)))
     for choice in shipped:
         assert choice.reason
         assert not (strict and choice.pairs)
@@ -89,21 +110,21 @@ def test_choices_are_functions_of_their_arguments():
 # Strips
 
 
-def starts(choice, w):
+def starts(choice, count, w):
     """As strips.strip_start has them, which the kernels' exact tests show to be right where these are."""
-    count = choice.strips(w)
     if choice.edge == "masked":
         return [strip * choice.block_w for strip in range(count)]
     return [strip * (w - choice.block_w) // max(count - 1, 1) for strip in range(count)]
 
 
-@pytest.mark.parametrize("dtype, kernel, strict", KINDS, ids=str)
-def test_strips_cover_every_column_once(dtype, kernel, strict):
-    for choice, widths in picked(dtype, kernel, strict).items():
-        for w in widths:
-            first = starts(choice, w)
+@pytest.mark.parametrize("dtype, size, strict", KINDS, ids=str)
+def test_strips_cover_every_column_once(dtype, size, strict):
+    """In each phase of a dilation, though their number is that of the widest phase."""
+    for choice, widths in picked(dtype, size, strict).items():
+        for count, w in in_phases(choice, widths):
+            first = starts(choice, count, w)
             assert first[0] == 0
-            assert w - choice.block_w <= first[-1] < w
+            assert w - choice.block_w <= first[-1] < w + (choice.edge == "masked" and choice.dilation[1] > 1)
             # A column is the first strip's that has it: columns_owned.
             owned = [
                 column
@@ -114,15 +135,16 @@ def test_strips_cover_every_column_once(dtype, kernel, strict):
             assert owned == list(range(w)), (choice, w)
 
 
-@pytest.mark.parametrize("dtype, kernel, strict", KINDS, ids=str)
-def test_columns_beside_strips_are_all_inside_or_all_outside(dtype, kernel, strict):
-    beside = kernel[1] // 2
-    for choice, widths in picked(dtype, kernel, strict).items():
+@pytest.mark.parametrize("dtype, size, strict", KINDS, ids=str)
+def test_columns_beside_strips_are_all_inside_or_all_outside(dtype, size, strict):
+    beside = size[0][1] // 2
+    for choice, widths in picked(dtype, size, strict).items():
         if choice.edge == "masked":
             continue
-        for w in widths:
-            for start in starts(choice, w):
+        for count, w in in_phases(choice, widths):
+            for start in starts(choice, count, w):
                 end = start + choice.block_w
+                assert beside <= choice.block_w or choice.edge == "whole"  # where outside, as many inside are read
                 assert start >= 0
                 assert end <= w
                 assert start == 0 or start >= beside, (choice, w)
@@ -131,7 +153,8 @@ def test_columns_beside_strips_are_all_inside_or_all_outside(dtype, kernel, stri
 
 
 def test_other_padding_and_narrow_or_very_wide_maps_are_masked():
-    for pick, (dtype, (kh, kw), strict) in itertools.product((config.pick_forward, config.pick_backward_weight), KINDS):
+    picks = (config.pick_forward, config.pick_backward_weight)
+    for pick, dtype, (kh, kw), strict in itertools.product(picks, DTYPES, KERNELS, (False, True)):
         for same, w in ((False, 7), (False, 100), (True, 3), (True, 6), (True, 32_769)):
             assert pick(dtype, kh, kw, same, w, strict).edge == "masked"
         assert pick(dtype, kh, kw, True, 7, strict).edge != "masked"
@@ -175,26 +198,46 @@ def test_work_is_cut_where_it_would_not_fill_the_machine():
 # What is not taken
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, (3, 1), (5, 9)], ids=str)
-def test_what_is_taken(kernel):
-    kh, kw = kernel
-    for dtype, ph, pw in itertools.product(DTYPES, range(kh), range(kw)):
-        assert config.why_not(dtype, kh, kw, (1, 1), (ph, pw), (1, 1)) is None
-    for padding in ((kh, 0), (0, kw)):
-        reason = config.why_not("bf16", kh, kw, (1, 1), padding, (1, 1))
+@pytest.mark.parametrize("geometry", [
+    *((*kernel, ONE, ONE) for kernel in [*KERNELS, (3, 1), (5, 9)]), *GEOMETRIES,
+], ids=str)  # fmt: skip
+def test_what_is_taken(geometry):
+    kh, kw, stride, dilation = geometry
+    spread = config.dilation_of(kh, kw, dilation)
+    most = (spread[0] * (kh - 1), spread[1] * (kw - 1))
+    for dtype, ph, pw in itertools.product(DTYPES, range(most[0] + 1), range(most[1] + 1)):
+        assert config.why_not(dtype, kh, kw, stride, (ph, pw), dilation) is None
+    for padding in ((most[0] + 1, 0), (0, most[1] + 1)):
+        reason = config.why_not("bf16", kh, kw, stride, padding, dilation)
         assert str(padding) in reason
-        assert str((kh - 1, kw - 1)) in reason
+        assert str(most) in reason
+
+
+def test_taps_and_sums_fit_in_registers():
+    """Or are read through the cache; and the rows of taps of a group are all there are, the last ones too."""
+    for dtype, (kernel, dilation) in itertools.product(DTYPES, SIZES):
+        for choice in config.shipped(dtype, *kernel, False, config.dilation_of(*kernel, dilation)):
+            (kh, kw), sums = kernel, (kernel[0] - 1) * choice.block_w
+            if choice.group:
+                assert (choice.groups(kh) - 1) * choice.group < kh <= choice.groups(kh) * choice.group
+                assert choice.group * (kw + choice.block_w) <= config.TAPS_AND_SUMS
+            elif "fwd_kernel" in choice.kernel:
+                assert choice.cached == (kh * kw + sums > config.TAPS_AND_SUMS)
+                assert sums <= config.TAPS_AND_SUMS
 
 
 @pytest.mark.parametrize("change, came, allowed", [
     ({"dtype": "float64"}, "x is float64", "bfloat16, float16 and float32"),
-    ({"stride": (2, 1)}, "stride (2, 1)", "stride 1"),
-    ({"dilation": (1, 3)}, "dilation (1, 3)", "dilation 1"),
+    ({"stride": (3, 1)}, "stride (3, 1)", "up to stride 2"),
+    ({"stride": (2, 1), "kh": 11}, "stride (2, 1); with stride", "9×9, and the kernel is 11×3"),
+    ({"stride": (2, 2), "dilation": (1, 3)}, "stride (2, 2), dilation (1, 3)", "one or the other"),
+    ({"dilation": (1, 4)}, "dilation (1, 4)", "up to dilation 3"),
+    ({"dilation": (2, 1), "padding": (5, 1)}, "padding is (5, 1)", "here (4, 2)"),
     ({"kh": 4}, "4×3", "odd sizes"),
     ({"kw": 2}, "3×2", "odd sizes"),
-    ({"kh": 11}, "11×3", "9×9, 1×11 and 11×1"),
-    ({"kh": 1, "kw": 13}, "1×13", "1×11"),
-    ({"kh": 31, "kw": 31}, "31×31", "9×9"),
+    ({"kh": 19}, "19×3", "17×17, 1×51 and 51×1"),
+    ({"kh": 1, "kw": 53}, "1×53", "1×51"),
+    ({"kh": 31, "kw": 31}, "31×31", "17×17"),
 ])  # fmt: skip
 def test_reasons_say_what_came_and_what_is_allowed(change, came, allowed):
     geometry = {"dtype": "bf16", "kh": 3, "kw": 3, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
@@ -233,7 +276,7 @@ def test_the_cover_runs_everything_that_is_shipped():
     ran = {(case.dtype, case.kh, case.kw, case.strict, part.choice) for case in kernel_cases() for part in case.parts()}
     of_dtype = {(dtype, strict, choice) for dtype, _, _, strict, choice in ran}
     of_size = {(kh, kw, choice) for _, kh, kw, _, choice in ran}
-    for dtype, (kh, kw), strict in KINDS:
+    for dtype, (kh, kw), strict in itertools.product(DTYPES, KERNELS, (False, True)):
         for choice in config.shipped(dtype, kh, kw, strict):
             assert (kh, kw, choice) in of_size
             if not strict:
@@ -251,11 +294,34 @@ def test_the_cover_cuts_every_kernel_in_every_way():
 
     assert all(values == {0, 1} for values in found("h is odd").values())
     assert all(values == {False, True} for values in found("n > 1").values())
-    for (kernel, edge, _, _), values in found("chunks").items():
+    for (kernel, edge, *_), values in found("chunks").items():
         assert len(values) > 1, (kernel, edge)
-    for (kernel, edge, _, _), values in found("strips").items():
+    for (kernel, edge, *_), values in found("strips").items():
         assert values == {1} if edge == "whole" else values >= {2, 3}, (kernel, edge)
-    for (kernel, edge, _, _), values in found("groups").items():
+    for (kernel, edge, *_), values in found("groups").items():
         assert 2 in values or "weight" not in kernel, (kernel, edge)
     three_chunks = {kernel for (kernel, *_), values in found("chunks").items() if 3 in values}
     assert three_chunks == {kernel for kernel, *_ in found("chunks")}
+
+
+def met_in(found, *names):
+    return {meeting[1:] for case in found for meeting in cases.geometry_meetings(case) if meeting[0] == names}
+
+
+def test_the_cover_of_other_geometries_runs_everything_that_is_shipped_for_them():
+    ran = {(case.kh, case.kw, part.choice) for case in geometry_cases() for part in case.parts()}
+    of_kernel = {(choice.kernel, choice.edge, choice.block_w, choice.cached) for _, _, choice in ran}
+    for kh, kw, stride, dilation in GEOMETRIES:
+        if (kh, kw, stride, dilation) in STRIDED:
+            assert {choice for *_, choice in ran} >= set(config.pick_strided(stride))
+            continue
+        spread = config.dilation_of(kh, kw, dilation)
+        shipped = {choice for strict in (False, True) for choice in config.shipped("bf16", kh, kw, strict, spread)}
+        assert of_kernel >= {(choice.kernel, choice.edge, choice.block_w, choice.cached) for choice in shipped}
+        assert any(choice in shipped for *size, choice in ran if size == [kh, kw])
+    kinds = [(True, False, False), (False, True, False), (False, False, True)]
+    for name, (dtype, kind) in itertools.product(("fwd", "bwd_weight"), itertools.product(DTYPES, kinds)):
+        kernel = f"_depthwise_{name}_strided_kernel" if kind[0] else f"_depthwise_{name}_kernel"
+        assert (kernel, kind, dtype) in met_in(geometry_cases(), "kernel", "kind", "dtype")
+    uneven = {value for kind, value in met_in(geometry_cases(), "kind", "uneven") if kind == kinds[1]}
+    assert uneven == set(itertools.product((False, True), repeat=2))

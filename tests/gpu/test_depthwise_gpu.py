@@ -8,7 +8,7 @@ import dwconv_kernels as dk
 from dwconv_kernels import runtime, testing
 from dwconv_kernels.depthwise import config
 from tests import depthwise_proofs as proofs
-from tests.cases import DEPTHWISE, DTYPES, EMPTY_MAPS, MEANS, KernelCase, kernel_cases
+from tests.cases import DEPTHWISE, DTYPES, EMPTY_MAPS, MEANS, KernelCase, geometry_cases, kernel_cases
 from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, skip_without_gpu
 from tests.gpu.workers import Proof
 
@@ -29,9 +29,12 @@ def fits(case) -> bool:
 
 def rows() -> list[KernelCase]:
     """The rows of cases.DEPTHWISE that the kernels take, in each dtype."""
-    sizes = [(c.n, c.c, c.h, c.w, c.kh, c.kw, *c.padding, c.bias) for c in DEPTHWISE if fits(c)]
+    rows = [(c, (c.n, c.c, c.h, c.w, c.kh, c.kw, *c.padding), "contiguous" if c.bias else "none") for c in DEPTHWISE]
     return [
-        KernelCase(dtype, *size, bias="contiguous" if bias else "none") for *size, bias in sizes for dtype in DTYPES
+        KernelCase(dtype, *sizes, bias=bias, stride=c.stride, dilation=c.dilation)
+        for c, sizes, bias in rows
+        if fits(c)
+        for dtype in DTYPES
     ]
 
 
@@ -48,14 +51,21 @@ def all_proofs() -> list[Proof]:
     """What takes longest to compile comes first."""
     if not ON_GPU:  # a few that are quick
         cases = [KernelCase("bf16", 2, 33, 5, 10, 7, 7, 3, 3), KernelCase("fp32", 2, 5, 6, 8, 3, 3, 1, 1)]
-        quick = [case for case in [*kernel_cases(), *rows()] if case.seconds() < 0.3]
+        quick = [case for case in [*kernel_cases(), *rows(), *geometry_cases()] if case.seconds() < 0.3]
         exact, rounded = cases + quick[::4], [case._replace(n=1, h=8, w=14) for case in cases]
     else:
-        exact = [case for dtype in DTYPES for case in stages(dtype, STAGES)] + rows() + kernel_cases()
+        exact = [case for dtype in DTYPES for case in stages(dtype, STAGES)]
+        exact += rows() + kernel_cases() + geometry_cases()
         rounded = [case for dtype in DTYPES for case in stages(dtype, STAGES[:6])]
         rounded += [case._replace(strict=True) for dtype in HALF for case in stages(dtype, STAGES[1:2])]
         sizes = ((3, 3, 1, 1), (5, 5, 2, 2), (9, 9, 4, 4), (1, 11, 0, 5), (11, 1, 5, 0), (7, 7, 1, 4), (5, 3, 4, 0))
         rounded += [KernelCase(dtype, 4, 40, 29, 31, *size) for size in sizes for dtype in DTYPES]
+        others = [(7, 7, 9, 9, (1, 1), (3, 3)), (7, 7, 3, 3, (2, 2), (1, 1)), (13, 13, 6, 6, (1, 1), (1, 1))]
+        rounded += [
+            KernelCase(dtype, 4, 40, 29, 42, *size, stride=stride, dilation=dilation)
+            for *size, stride, dilation in others
+            for dtype in DTYPES
+        ]
     return [Proof("exact", case, DEVICE) for case in exact] + [
         Proof("rounding", case, DEVICE, MEANS[i % len(MEANS)]) for i, case in enumerate(rounded)
     ]

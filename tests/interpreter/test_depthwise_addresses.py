@@ -71,7 +71,7 @@ class Cut:
         self.begin = (self.strips - 1) * block_w if masked else self.out[1] - block_w
         self.columns = range(self.begin, self.out[1])
         self.channels = range((self.blocks - 1) * 32, c)
-        self.constants = {"C": c, "KH": self.kh, "KW": self.kw, "BLOCK_W": block_w, "BLOCK_C": 32}
+        self.constants = {"C": c, "KH": self.kh, "KW": self.kw, "DH": 1, "DW": 1, "BLOCK_W": block_w, "BLOCK_C": 32}
         self.edge = {"EDGE": "masked" if masked else "strips"}
         self.sizes = {"H": h, "W": w, "rows": self.rows, "strips": self.strips}
         self.outs = {"OH": self.out[0], "OW": self.out[1], "padding_h": self.ph, "padding_w": self.pw}
@@ -105,7 +105,8 @@ def test_forward(cut, kernel, residual):
     chunks = -(-cut.out[0] // cut.rows)
     program = 3 * chunks * cut.strips * cut.blocks - 1  # the last one of three images
     pairs = "pairs" in kernel
-    arguments = {**cut.sizes, **cut.constants, "HAS_RESIDUAL": residual} | ({} if pairs else {**cut.outs, **cut.edge})
+    arguments = {**cut.sizes, **cut.constants, "HAS_RESIDUAL": residual}
+    arguments |= {} if pairs else {**cut.outs, **cut.edge, "CACHED": False}
     found = touched(kernel, program, **arguments)
     rows = range((chunks - 1) * cut.rows, cut.out[0])
     assert found["y_ptr"] == elements(2, rows, cut.columns, cut.channels, cut.out)
@@ -127,7 +128,7 @@ def test_weight_gradient(cut, kernel):
     chunks, groups = -(-h // cut.rows), 2
     parts = groups * chunks * cut.strips
     arguments = {"N": 3, "images": cut.images, **cut.sizes, **cut.constants}
-    arguments |= {"PREFETCH": True} if "pairs" in kernel else {**cut.outs, **cut.edge}
+    arguments |= {"PREFETCH": True} if "pairs" in kernel else {**cut.outs, **cut.edge, "GROUP": cut.kh}
     found = touched(kernel, parts * cut.blocks - 1, **arguments)
     rows = range((chunks - 1) * cut.rows, h)
     _, columns = cut.under(rows)
@@ -149,7 +150,7 @@ def test_second_stage():
     channels = range((blocks - 1) * 32, c)
     arguments = {
         "count": count, "wants_dw": 1, "wants_db": 1, "channels": c, "stride_wc": 2**17, "stride_wh": 2**28,
-        "stride_ww": 2**29, "KH": 9, "KW": 9, "BLOCK_P": 32, "BLOCK_C": 32,
+        "stride_ww": 2**29, "KH": 9, "KW": 9, "GROUPS": 1, "BLOCK_P": 32, "BLOCK_C": 32,
     }  # fmt: skip
     for q, name, expected in (
         (80, "dw_ptr", {channel * 2**17 + 8 * 2**28 + 8 * 2**29 for channel in channels}),

@@ -132,13 +132,14 @@ def test_what_is_not_taken_is_said():
     x, w, b = tensors((1, 3, 16, 16))
     assert dk.supports(dk.depthwise_conv2d, x, w, b, padding=1) == (True, "")
     for arguments, what in (
-        ({"stride": 2}, r"stride \(2, 2\), dilation \(1, 1\); the kernels have stride 1 and dilation 1"),
-        ({"dilation": 2}, r"dilation \(2, 2\)"),
+        ({"stride": 3}, r"stride \(3, 3\); the kernels go up to stride 2"),
+        ({"dilation": 4}, r"dilation \(4, 4\); the kernels go up to dilation 3"),
+        ({"stride": 2, "dilation": 2}, r"stride \(2, 2\), dilation \(2, 2\); the kernels have one or the other"),
         ({"padding": 3}, r"padding is \(3, 3\); .* here \(2, 2\)"),
         ({"x": x.double(), "weight": w.double()}, "x is float64; the kernels take bfloat16, float16 and float32"),
         ({"weight": w[:, :, :2]}, "the kernel is 2×3; the kernels take odd sizes"),
-        ({"weight": torch.ones(3, 1, 11, 3)}, "the kernel is 11×3; the kernels go up to 9×9, 1×11 and 11×1"),
-        ({"weight": torch.ones(3, 1, 1, 13)}, "the kernel is 1×13"),
+        ({"weight": torch.ones(3, 1, 19, 3), "padding": (9, 1)}, "the kernel is 19×3; kernels on FMAs go up to 17×17"),
+        ({"weight": torch.ones(3, 1, 1, 53), "padding": (0, 26)}, "the kernel is 1×53; .* 1×51 and 51×1"),
         ({"weight": w[:, :, :2, :2], "padding": "same"}, "padded unevenly"),
     ):
         arguments = {"x": x, "weight": w, **arguments}
