@@ -41,6 +41,7 @@ class Choice:
     prefetch: bool | None = None
     group: int | None = None  # rows of taps that a program of the weight gradient computes; None: all
     cached: bool = False  # taps read through the cache
+    crowded: bool = False  # all registers are needed
     dilation: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
 
@@ -67,7 +68,7 @@ class Choice:
     def options(self) -> dict[str, int]:
         """How it is compiled and launched."""
         options = {"num_warps": 1, "num_stages": 1}
-        if self.kernel == f"{_WEIGHT}_kernel" or self.cached:
+        if self.kernel == f"{_WEIGHT}_kernel" or self.crowded:
             # Left to itself, ptxas spills one register inside the loop in a few cases, to make room for more warps.
             options["maxnreg"] = 255
         return options
@@ -212,7 +213,7 @@ def pick_forward(
         if (kh, kw) == (7, 7) and dtype != "fp32" and not strict:
             return choice(f"{_FORWARD}_pairs_kernel", 7, "strips", "38.5 instead of 49 products per output: 50 slots")
         why = "ConvNeXt's maps are multiples of 7 wide; fp32 is memory-bound at 57 slots"
-        return choice(direct, 7, "strips", why, cached=cached(7))
+        return choice(direct, 7, "strips", why, cached=cached(7), crowded=kh == 15 and cached(7))
     if kh > 31:
         return choice(direct, 2, "masked", "sums of so many rows fit in registers for two columns", cached=cached(2))
     why = "any width and padding: small maps waste least in narrow strips"
@@ -227,7 +228,8 @@ def pick_backward_weight(
     choice, direct = partial(Choice, dilation=dilation), f"{_WEIGHT}_kernel"
 
     def group(block_w: int) -> int | None:
-        rows = TAPS_AND_SUMS // (kw + block_w)  # of sums, and of the window of dy
+        # Of sums, and of the window of dy, which is all loaded at once where an image begins.
+        rows = min(TAPS_AND_SUMS // (kw + block_w), 80 // block_w)
         return None if rows >= kh else -(-kh // -(-kh // rows))
 
     if same and strips_fit(w, 7, kw, dilation[1]):

@@ -191,9 +191,8 @@ def _depthwise_bwd_weight_stream_kernel(
             window = window + (gl.zeros([WARPS, 16, 8], dtype, layout=SECOND),)
         x = load_window(x_ptr, x_base, row, x_end, column + shift, W, pixels, channel, C, T, BLOCKS, BLOCK_C)
         dy = load_tile(dy_ptr, dy_base, dy_row, dy_end, column, OW, dy_pixels, channel, C, BLOCK_C)
-        # To the last patch row of the inputs that is in the map, but over all those of dy, for the bias.
-        patch_rows = (end_row - dy_row + R - 1) // R
-        end = gl.minimum(patch_rows + GROUPS - 1, gl.maximum((H - row + R - 1) // R, patch_rows))
+        # To the last patch row of the inputs that is in the map; dy has ended before, as its padding is less than KH.
+        end = gl.minimum((end_row - dy_row + R - 1) // R + GROUPS - 1, (H - row + R - 1) // R)
         for _step in range(0, end, STEPS):
             for b in gl.static_range(BLOCKS):
                 store_block(xs.index(b // 2), x[b], b % 2, STEPS, BLOCK_C)

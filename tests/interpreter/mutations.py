@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 import dwconv_kernels
-from dwconv_kernels import devices, dtypes, registration, runtime
+from dwconv_kernels import devices, dtypes, gluon_emulator, interpreter, registration, runtime
 
 _numbers = itertools.count()
 
@@ -44,7 +44,7 @@ def running_copies(
             (folder / name / file).write_text(text)
         monkeypatch.syspath_prepend(folder)
         # What holds state or registers operators is there once.
-        for module in (runtime, registration, devices, dtypes):
+        for module in (runtime, registration, devices, dtypes, interpreter, gluon_emulator):
             monkeypatch.setitem(sys.modules, module.__name__.replace("dwconv_kernels", name), module)
         launch = importlib.import_module(f"{name}.{family}.launch")
         monkeypatch.setattr(runtime, "launchers", lambda _: launch)
