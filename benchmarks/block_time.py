@@ -94,8 +94,11 @@ def recorded(arch: int = ARCH) -> Iterator[list[Launched]]:
 # What a launch does.
 
 
-def trips(kernel: str, v: dict[str, int]) -> tuple[int, ...]:
-    """How often each loop of a kernel's source is run, outermost first; of numbers ``v``, constants and arguments."""
+def trips(kernel: str, v: dict[str, int]) -> tuple[float, ...]:
+    """How often each loop of a kernel's source is run, outermost first; of numbers ``v``, constants and arguments.
+
+    Of the tensor-core kernels on average, as programs differ: in rows beside the map there is nothing to do.
+    """
 
     def blocks(size: str, block: str) -> int:
         return -(-v[size] // v[block])
@@ -131,7 +134,44 @@ def trips(kernel: str, v: dict[str, int]) -> tuple[int, ...]:
             return v["images"], -(-rows // 2) if "pairs" in kernel else rows
         case "_depthwise_sum_kernel":
             return (blocks("count", "BLOCK_P"),)
+        case "_depthwise_fwd_stream_kernel":
+            return _on_average(v["tiles"], v["tiles_per_program"]), _steps(v, _forward_end)
+        case "_depthwise_bwd_weight_stream_kernel":
+            return _on_average(v["tiles"] * blocks("OH", "rows"), v["jobs_per_program"]), _steps(v, _weight_end)
+        case "_depthwise_fwd_large_kernel":
+            return _large_trips(v)
     return ()
+
+
+def _on_average(jobs: int, several: int) -> float:
+    return jobs / -(-jobs // several)
+
+
+def _steps(v: dict[str, int], range_of: Callable[[dict[str, int], int, int], tuple[int, int]]) -> float:
+    """Trips of the stream kernels' loop over patch rows of the inputs, of programs from row ``first`` on."""
+    at_once = 2 * v["PIXELS"] // v["J"]
+    ranges = [range_of(v, first, min(first + v["rows"], v["OH"])) for first in range(0, v["OH"], v["rows"])]
+    return sum(-(-(end - begin) // at_once) for begin, end in ranges) / len(ranges)
+
+
+def _forward_end(v: dict[str, int], first: int, last: int) -> tuple[int, int]:
+    return max(v["padding_h"] - first, 0) // v["R"], -(-(last - first) // v["R"]) + v["GROUPS"] - 1
+
+
+def _weight_end(v: dict[str, int], first: int, last: int) -> tuple[int, int]:
+    outputs = -(-(last - first) // v["R"])
+    inputs = -(-(v["H"] - first + v["padding_h"]) // v["R"])
+    return 0, min(outputs + v["GROUPS"] - 1, max(inputs, outputs))
+
+
+def _large_trips(v: dict[str, int]) -> tuple[float, ...]:
+    """``pairs`` for each chunk of rows, times the share of programs in which it is in the map."""
+    firsts = range(0, -(-v["OH"] // v["R"]), v["PATCH_ROWS"])
+    found = []
+    for chunk in range(-(-(v["PATCH_ROWS"] + v["GROUPS"] - 1) // v["CHUNK"])):
+        tops = [first - v["shift_h"] + chunk * v["CHUNK"] for first in firsts]
+        found.append(v["pairs"] * sum(-v["CHUNK"] < top < v["HB"] for top in tops) / len(tops))
+    return tuple(found)
 
 
 def weights(kernel: str, v: dict[str, int], itemsize: int = 2) -> int:
@@ -164,7 +204,7 @@ def operands(kernel: str, v: dict[str, int], itemsize: int = 2) -> int:
     return 0
 
 
-def of_loops(program: cubin.Program, of_source: tuple[int, ...]) -> Callable[[cubin.Loop], int]:
+def of_loops(program: cubin.Program, of_source: tuple[float, ...]) -> Callable[[cubin.Loop], float]:
     """Trips of each loop of the machine code.
 
     Of the source's last loop, ptxas may make two: four trips at a time, and the rest. A loop that is missing was
@@ -176,10 +216,10 @@ def of_loops(program: cubin.Program, of_source: tuple[int, ...]) -> Callable[[cu
     if program.loops and len(program.loops) != len(found):
         raise cubin.Unreadable(f"{len(program.loops)} loops, not {len(of_source)}")
     of_header = {loop.header: times for loop, times in zip(program.loops, found, strict=False)}
-    return lambda loop: max(1, of_header[loop.header])
+    return lambda loop: of_header[loop.header]
 
 
-def total(program: cubin.Program, times: Callable[[cubin.Loop], int], count: Callable) -> int:
+def total(program: cubin.Program, times: Callable[[cubin.Loop], float], count: Callable) -> float:
     """``count`` of the instructions that a program runs, by the loops they are in."""
     found = count([i for b, some in program.blocks.items() if not _around(program, b) for i in some])
     for loop in program.loops:
@@ -288,14 +328,14 @@ def compiled(launches: list[Launch], processes: int) -> dict[str, cubin.Program]
     """The machine code of each, by its repr."""
     todo = {repr(one): one for one in launches}
     jobs = [(Build(block_code.Call("bf16", 0, 0), one), ARCH) for one in todo.values()]
-    return dict(zip(todo, (program for (program,) in run(jobs, None, processes, _program, _failed)), strict=True))
+    return dict(zip(todo, (program for (program,) in run(jobs, None, processes, _program, failed)), strict=True))
 
 
 def _program(build: Build, arch: int, options: None) -> list[cubin.Program]:
     return [build.compile(arch).program]
 
 
-def _failed(build: Build, arch: int, error: str):
+def failed(build: Build, arch: int, error: str):
     raise RuntimeError(f"{build.launch.kernel}: {error}")
 
 

@@ -135,10 +135,11 @@ class Program:
         inner = frozenset().union(*(other.blocks for other in self.inside(loop)))
         return [i for block in sorted(loop.blocks - inner) for i in self.blocks[block]]
 
-    def slots(self, trips: Callable[[Loop], int]) -> int:
-        """Issue slots of a warp that takes the longest way, where a loop's body is run ``trips(loop)`` ≥ 1 times.
+    def slots(self, trips: Callable[[Loop], float]) -> float:
+        """Issue slots of a warp that takes the longest way, where a loop's body is run ``trips(loop)`` times.
 
-        Instructions whose predicate is false take a slot like all others.
+        Instructions whose predicate is false take a slot like all others. Of several warps, trips and slots may be
+        averages, also below 1 where some skip a loop.
         """
         outermost = [loop for loop in self.loops if loop.depth == 0]
         return self._leaving(frozenset(self._order), 0, outermost, trips)[len(self.instructions)]
@@ -320,7 +321,7 @@ def source(
     """What a launch of a kernel makes Triton compile.
 
     Args:
-        kernel: the ``@triton.jit`` function.
+        kernel: the ``@triton.jit`` or ``@gluon.jit`` function.
         types: Triton's type of each argument that is not a constexpr, as in ``{"x_ptr": "*bf16", "H": "i32"}``.
         constants: the constexpr arguments.
         aligned: arguments that Triton may take for multiples of 16 (pointers: of 16 bytes). It finds that out by itself
@@ -328,7 +329,16 @@ def source(
     """
     signature = {p.name: "constexpr" if p.is_constexpr else types[p.name] for p in kernel.params}
     attributes = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params if p.name in aligned}
-    return ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
+    return of_language(kernel, signature, dict(constants), attributes)
+
+
+def of_language(kernel, signature: dict, constants: dict, attributes: dict) -> ASTSource:
+    """The source of a ``@triton.jit`` or ``@gluon.jit`` kernel: both have classes of their own."""
+    kind = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as kind
+
+    return kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compile_for(source: ASTSource, arch: int, options: Mapping[str, object]) -> Compiled:

@@ -115,22 +115,25 @@ class Family:
 # Depthwise
 
 
-def depthwise_builds(dtype: str, kh: int, kw: int, c: int) -> Iterator[Build]:
+def depthwise_builds(
+    dtype: str, kh: int, kw: int, c: int, stride: tuple = (1, 1), dilation: tuple = (1, 1)
+) -> Iterator[Build]:
     """Every choice that config ships, strict ones too, then the two small kernels.
 
     Forward kernels also with a residual, which the block's input gradient adds: of the map's dtype, as what it writes,
-    and both in fp32, as under autocast.
+    and both in fp32, as under autocast. With a stride, maps of the report are those of dy.
     """
     map_type, table = f"*{dtype}", "*fp32"
     common = ("depthwise", dtype, kh, kw, c)
-    for choice in dict.fromkeys(
-        itertools.chain(config.shipped(dtype, kh, kw), config.shipped(dtype, kh, kw, strict=True))
-    ):
+    choices = config.pick_strided(stride)
+    if stride == (1, 1):
+        choices = [c for strict in (False, True) for c in config.shipped(dtype, kh, kw, strict, dilation)]
+    for choice in dict.fromkeys(choices):
         backward = "bwd_weight" in choice.kernel
         loops = ("images", "rows") if backward else ("rows",)
-        for residual in (None,) if backward else dict.fromkeys((None, map_type, table)):
+        for residual in (None,) if backward or stride != (1, 1) else dict.fromkeys((None, map_type, table)):
             y = residual or map_type
-            types = {"x_ptr": map_type, "dy_ptr": map_type, "residual_ptr": y, "y_ptr": y}
+            types = {"x_ptr": map_type, "dy_ptr": map_type, "dx_ptr": map_type, "residual_ptr": y, "y_ptr": y}
             types |= {"taps_ptr": table, "partials_ptr": table}
             constants = choice.constants(c, kh, kw, residual is not None)
             yield _build(common, choice.kernel, types, constants, choice.options(), loops=loops, choice=choice)
@@ -140,7 +143,9 @@ def depthwise_builds(dtype: str, kh: int, kw: int, c: int) -> Iterator[Build]:
         constants = {**size, "BLOCK_C": launch._TAPS_BLOCK_C}
         yield _build(common, "_depthwise_taps_kernel", types, constants, options)
         types = {"partials_ptr": table, "dw_ptr": parameter, "db_ptr": parameter}
-        yield _build(common, "_depthwise_sum_kernel", types, {**size, **launch._SUM_BLOCK}, options)
+        for groups in dict.fromkeys(choice.groups(kh) for choice in choices if "bwd_weight" in choice.kernel):
+            constants = {**size, "GROUPS": groups, **launch._SUM_BLOCK}
+            yield _build(common, "_depthwise_sum_kernel", types, constants, options)
 
 
 def _build(common: tuple, kernel: str, types: dict, constants: dict, options: dict, **others) -> Build:
@@ -156,10 +161,12 @@ def depthwise_maps(build: Build, options: Options) -> list[tuple[int, int, bool]
     """Those of the report's maps, with "same" padding, for which config picks a build; else the widest there is."""
     if build.choice is None:
         return []
-    pick = config.pick_backward_weight if "images" in build.loops else config.pick_forward
+    if build.choice.stride != (1, 1):
+        return [(h, w, False) for h, w in options.maps]
+    pick, d = config.pick_backward_weight if "images" in build.loops else config.pick_forward, build.choice.dilation
 
     def picked(w: int) -> list[bool]:
-        return [s for s in (False, True) if pick(build.dtype, build.kh, build.kw, True, w, s) == build.choice]
+        return [s for s in (False, True) if pick(build.dtype, build.kh, build.kw, True, w, s, d) == build.choice]
 
     found = [(h, w, False not in picked(w)) for h, w in options.maps if picked(w)]
     return found or [(w, w, False not in picked(w)) for w in range(64, 0, -1) if picked(w)][:1]
@@ -168,8 +175,10 @@ def depthwise_maps(build: Build, options: Options) -> list[tuple[int, int, bool]
 def depthwise_programs(build: Build, h: int, w: int, options: Options) -> list[Programs]:
     """All programs of ``options.images`` images, following kernels.py; padding is "same"."""
     choice, half = build.choice, build.kh // 2
-    columns = choice.strips(w) * -(-build.c // config.BLOCK_C)
-    step = 2 if choice.pairs else 1
+    columns = choice.strips(w) * choice.phases * choice.groups(build.kh) * -(-build.c // config.BLOCK_C)
+    step, h = 2 if choice.pairs else 1, -(-h // choice.dilation[0])
+    if choice.stride != (1, 1):  # one step more for each row of sums that is not complete
+        h, half = h + -(-build.kh // choice.stride[0]) - 1, 0
     programs = []
     for first in range(0, h, options.rows or h):
         last = min(first + (options.rows or h), h)
@@ -233,7 +242,7 @@ SLOTS = (("_depthwise_fwd_", (56, 28, 14, 7), 54, 59), ("_depthwise_bwd_weight_"
 def broken(row: dict, options: Options) -> list[str]:
     """The limits that a row of a kernel that compiled breaks."""
     names = [name for name, kept, _ in LIMITS if not kept(row, options)]
-    counted = (row["arch"], row["dtype"], row["K"], row["strict"]) == (90, "bf16", "7", False)
+    counted = (row["arch"], row["dtype"], row["K"], row["strict"], row["plain"]) == (90, "bf16", "7", False, True)
     if counted and row["C"] % config.BLOCK_C == 0 and (options.rows, options.images) == (None, 1):
         for prefix, widths, alone, with_residual in SLOTS:
             slots, limit = row["slots_per_output"], with_residual if row["residual"] else alone
@@ -272,6 +281,7 @@ def _of_build(build: Build, arch: int) -> dict:
         "residual": build.residual,
         "K": str(build.kh) if build.kh == build.kw else f"{build.kh}x{build.kw}", "KH": build.kh, "KW": build.kw,
         "C": build.c, "edge": build.choice and build.choice.edge, "block_w": build.choice and build.choice.block_w,
+        "plain": build.choice is None or build.choice.stride == build.choice.dilation == (1, 1),
         "warps": build.warps, "H": None, "W": None, "strict": False, "triton": triton.__version__,
     }  # fmt: skip
 

@@ -26,13 +26,18 @@ from benchmarks.launches import Launch
 from benchmarks.machine_code import ALL_ARCHS, ARCHS, COMMON_LIMITS, Options
 from dwconv_kernels.block import kernels as block
 from dwconv_kernels.depthwise import kernels as depthwise
+from dwconv_kernels.depthwise import kernels_gluon, kernels_tables
 from dwconv_kernels.devices import REGISTERS, SHARED_KB
 from dwconv_kernels.dtypes import NAMES
 from dwconv_kernels.norm_linear import config
 from dwconv_kernels.norm_linear import kernels as norm_linear
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-KERNELS = {"_block_": block, "_norm_linear_": norm_linear, "_depthwise_": depthwise}
+KERNELS = {
+    "_block_": (block,),
+    "_norm_linear_": (norm_linear,),
+    "_depthwise_": (depthwise, kernels_gluon, kernels_tables),
+}
 # The design's 20 seconds are for any kernel of these families.
 SECONDS = 20
 
@@ -42,8 +47,9 @@ Size = tuple[int, int, int]  # of a product: sums down, sums across, products of
 
 
 def kernel_named(name: str):
-    """The ``@triton.jit`` function; each family has names of its own."""
-    return getattr(next(module for prefix, module in KERNELS.items() if name.startswith(prefix)), name)
+    """The ``@triton.jit`` or ``@gluon.jit`` function; each family has names of its own."""
+    modules = next(modules for prefix, modules in KERNELS.items() if name.startswith(prefix))
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 # Of a launch, what a compilation needs.
@@ -69,9 +75,7 @@ class Build:
 
     def compile(self, arch: int) -> cubin.Compiled:
         one = self.launch
-        source = cubin.ASTSource(
-            fn=kernel_named(one.kernel), signature=one.signature, constexprs=one.constants, attrs=one.attributes
-        )
+        source = cubin.of_language(kernel_named(one.kernel), one.signature, one.constants, one.attributes)
         return cubin.compile_for(source, arch, {name: one.options[name] for name in _OPTIONS})
 
 

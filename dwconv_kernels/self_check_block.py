@@ -77,6 +77,9 @@ def launches(case: Case, shape: Shape, device: str | torch.device) -> Launches:
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "kernels", recorder))
+        if (tensor := common.depthwise.tensor) is not None:
+            stack.enter_context(mock.patch.object(tensor, "kernels_tables", recorder))
+            stack.enter_context(mock.patch.object(tensor, "_run", recorder.note))
         out, *saved = launch.block_forward(*tensors, EPS, case.memory, dtype)
         launch.block_backward(out, *tensors, *saved, EPS, case.memory, dtype, (True,) * 12)
     return recorder.launches

@@ -30,27 +30,34 @@ class Case(NamedTuple):
     padding: tuple[int, int] | None = None  # None is "same"
     contiguous: bool = False  # the input; else it is channels_last
     strict: bool = False
+    stride: int = 1
+    dilation: int = 1
     family = "depthwise"
 
     @property
     def pads(self) -> tuple[int, int]:
-        return self.padding or (self.kernel[0] // 2, self.kernel[1] // 2)
+        return self.padding or tuple(self.dilation * (k // 2) for k in self.kernel)
+
+    @property
+    def geometry(self) -> dict[str, object]:
+        return {"stride": self.stride, "padding": self.pads, "dilation": self.dilation}
 
     def __str__(self) -> str:
         words = [self.dtype, "{}×{}".format(*self.kernel)]
         words += ["padding {},{}".format(*self.padding)] if self.padding else []
+        words += [f"{name} {value}" for name in ("stride", "dilation") if (value := getattr(self, name)) > 1]
         words += ["contiguous"] if self.contiguous else []
         words += ["strict"] if self.strict else []
         return " ".join(words)
 
 
-# Together, every choice of config.py at 7×7, in two of the dtypes or more, and each other kernel at least once. What
-# takes long to compile comes first, and the maps are odd: overlapping strips, rows that are no pairs, channels that do
-# not fill the last block, several images to a program.
+# Together, every choice of config.py at 7×7, in two of the dtypes or more, each other kernel at least once, and tensor
+# cores in the sizes that networks have. What takes long to compile comes first, and the maps are odd: overlapping strips,
+# rows that are no pairs, channels that do not fill the last block, several images to a program.
 CASES = (
-    Case("bf16", (7, 7), (2, 64, 33, 57), (1, 5, 3, 15), ("exact", "rounding", "same bits")),
+    Case("bf16", (7, 7), (1, 64, 33, 57), (1, 5, 3, 15), ("exact", "rounding", "same bits")),
     Case("fp32", (7, 7), (2, 40, 29, 30), (1, 5, 3, 10), ("exact", "rounding", "same bits", "Inf and NaN")),
-    Case("fp16", (7, 7), (3, 40, 20, 28), (1, 5, 4, 10), ("exact", "rounding", "same bits")),
+    Case("fp16", (7, 7), (2, 40, 20, 28), (1, 5, 4, 10), ("exact", "rounding", "same bits")),
     Case("bf16", (7, 7), (2, 64, 15, 57), (1, 5, 3, 10), ("exact", "Inf and NaN"), strict=True),
     Case("fp32", (9, 9), (1, 40, 25, 23), (1, 5, 3, 7)),
     Case("bf16", (9, 9), (2, 33, 19, 21), (1, 5, 10, 9), padding=(0, 0)),
@@ -58,29 +65,63 @@ CASES = (
     Case("bf16", (11, 1), (2, 40, 44, 13), (1, 5, 7, 8)),
     Case("bf16", (7, 7), (2, 64, 9, 5), (1, 5, 2, 5)),
     Case("fp32", (7, 7), (2, 40, 9, 23), (1, 5, 2, 6), padding=(6, 2)),
-    Case("fp16", (7, 7), (300, 40, 7, 7), (2, 5, 4, 7), ("exact", "same bits")),
+    Case("fp16", (7, 7), (11, 40, 7, 7), (2, 5, 4, 7), ("exact", "same bits")),
     Case("fp16", (5, 5), (2, 31, 17, 22), (1, 5, 6, 5), padding=(0, 4)),
     Case("fp16", (5, 5), (2, 31, 17, 22), (1, 5, 3, 9), contiguous=True),
     Case("bf16", (3, 3), (2, 33, 19, 31), (1, 33, 3, 8), ("exact", "same bits")),
     Case("fp16", (1, 11), (2, 40, 13, 44), (1, 5, 3, 12)),
+    # On tensor cores
+    Case("bf16", (7, 7), (37, 64, 33, 57), (12, 8, 3, 5), ("exact", "rounding", "same bits")),
+    Case("fp16", (7, 7), (300, 40, 7, 7), (12, 8, 2, 7), ("exact", "same bits")),
+    Case("bf16", (13, 13), (3, 33, 29, 30), (1, 5, 9, 9), ("exact", "rounding", "same bits")),
+    Case("fp16", (31, 31), (5, 40, 33, 28), (1, 3, 16, 16), ("exact", "same bits")),
+    Case("bf16", (31, 31), (20, 40, 14, 14), (1, 3, 14, 14)),
+    Case("bf16", (51, 51), (2, 17, 60, 57), (1, 3, 26, 26)),
+    Case("bf16", (17, 17), (3, 40, 25, 30), (1, 5, 12, 10), padding=(3, 16)),
+    Case("fp16", (51, 5), (3, 40, 56, 30), (1, 5, 26, 6)),
+    Case("fp16", (5, 51), (3, 40, 30, 56), (1, 5, 6, 26)),
+    # On FMAs again: large, dilated, with a stride
+    Case("fp32", (13, 13), (2, 40, 29, 30), (1, 5, 7, 8)),
+    Case("fp32", (7, 7), (2, 40, 29, 57), (1, 5, 4, 32), dilation=3),
+    Case("bf16", (7, 7), (2, 40, 29, 57), (1, 5, 3, 22), dilation=2),
+    Case("fp16", (7, 7), (2, 40, 28, 57), (1, 5, 4, 9), stride=2),
+    Case("fp32", (3, 3), (2, 40, 29, 56), (1, 5, 4, 9), stride=2),
 )
 
 
 def _choices(case: Case, shape: Shape) -> dict[str, NamedTuple]:
-    """What config.py picks for each of the three passes."""
-    config = runtime.launchers("depthwise").config
-    (kh, kw), w = case.kernel, shape[3]
-    strict = case.strict or runtime.strict_kernels()
-    same = case.pads == (kh // 2, kw // 2)
-    ow = w + 2 * case.pads[1] - kw + 1
-    return {
-        "y": config.pick_forward(case.dtype, kh, kw, same, ow, strict),
-        "dx": config.pick_forward(case.dtype, kh, kw, same, w, strict),
-        "dw": config.pick_backward_weight(case.dtype, kh, kw, same, ow, strict),
-    }
+    """What config.py, or config_tensor.py, picks for each of the three passes."""
+    launch = runtime.launchers("depthwise")
+    config, (kh, kw), (n, c, h, w) = launch.config, case.kernel, shape
+    strict, dilation = case.strict or runtime.strict_kernels(), (case.dilation,) * 2
+    oh, ow = _output(case, shape)
+    if case.stride > 1:
+        return dict(zip(("y", "dx", "dw"), config.pick_strided((case.stride,) * 2), strict=True))
+    same = case.pads == (case.dilation * (kh // 2), case.dilation * (kw // 2))
+    at, choices = (case.dtype, kh, kw, same), {}
+    for result, (rows, columns) in {"y": (oh, ow), "dx": (h, w), "dw": (oh, ow)}.items():
+        if launch.tensor is not None and config.on_tensor_cores(
+            case.dtype, kh, kw, (1, 1), dilation, n, c, columns, strict
+        ):
+            pick, vectors = launch.tensor.config, c % 8 == 0
+            arch = 90 if not torch.cuda.is_available() else runtime.arch(torch.empty(0, device="cuda"))
+            forward = pick.pick_forward(kh, kw, rows, columns, arch, vectors)
+            choices[result] = forward if result != "dw" else pick.pick_backward_weight(kh, kw, vectors)
+        else:
+            pick = config.pick_backward_weight if result == "dw" else config.pick_forward
+            choices[result] = pick(*at, columns, strict, dilation)
+    return choices
+
+
+def _output(case: Case, shape: Shape) -> tuple[int, int]:
+    sizes = zip(shape[2:], case.pads, case.kernel, strict=True)
+    return tuple((s + 2 * p - case.dilation * (k - 1) - 1) // case.stride + 1 for s, p, k in sizes)
 
 
 def _named(choice) -> str:
+    if not hasattr(choice, "block_w"):  # of tensor cores
+        p = choice.patches
+        return f"{choice.name}, patches {p.R}×{p.T}, {p.products} products"
     kernel = choice.kernel.removeprefix("_depthwise_").removesuffix("_kernel")
     return f"{kernel} {choice.block_w} {choice.edge}"
 
@@ -104,8 +145,8 @@ def configuration(case: Case, shape: Shape, device: str | torch.device) -> str:
 
 def _operands(case: Case, shape: Shape, make: Callable[[Sequence[int]], Tensor]) -> list[Tensor]:
     """x, weight, bias and the gradient of y, in the dtype of the case."""
-    n, c, h, w = shape
-    size = [s + 2 * p - k + 1 for s, p, k in zip((h, w), case.pads, case.kernel, strict=True)]
+    n, c = shape[:2]
+    size = _output(case, shape)
     return [make(s).to(DTYPES[case.dtype]) for s in (shape, (c, 1, *case.kernel), (c,), (n, c, *size))]
 
 
@@ -115,14 +156,14 @@ def _kernels(case: Case, operands: Sequence[Tensor], device: str | torch.device)
     if not case.contiguous:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     with runtime.strict() if case.strict else contextlib.nullcontext():
-        return _gradients(lambda x, w, b: depthwise_conv2d(x, w, b, padding=case.pads), x, weight, bias, dy)
+        return _gradients(lambda x, w, b: depthwise_conv2d(x, w, b, **case.geometry), x, weight, bias, dy)
 
 
 def _pytorch(case: Case, operands: Sequence[Tensor]) -> Results:
     """The same by PyTorch in float64."""
     groups = operands[0].shape[1]
     operands = [t.double() for t in operands]
-    return _gradients(lambda x, w, b: F.conv2d(x, w, b, padding=case.pads, groups=groups), *operands)
+    return _gradients(lambda x, w, b: F.conv2d(x, w, b, **case.geometry, groups=groups), *operands)
 
 
 def _gradients(function: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor, dy: Tensor) -> Results:

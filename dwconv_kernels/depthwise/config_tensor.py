@@ -53,6 +53,7 @@ class Stream:
     pixels: int  # of a thread
     column_groups: int = 1  # of the weight gradient: programs that share its taps
     reason: str = ""
+    name = "tensor cores, stream"
 
     @property
     def block_c(self) -> int:
@@ -76,7 +77,7 @@ class Large:
     strips: int
     chunk: int
     reason: str = ""
-
+    name = "tensor cores, large"
     block_c = WARPS
 
     def constants(self, c: int, residual: bool = False) -> dict[str, object]:

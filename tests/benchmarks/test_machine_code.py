@@ -377,8 +377,9 @@ def test_programs_of_a_map(kernel_index, c, size, options, programs):
 
 def test_slots_have_a_limit_on_each_map():
     row = {
-        "arch": 90, "dtype": "bf16", "K": "7", "C": 96, "strict": False, "kernel": "_depthwise_fwd_kernel",
-        "H": 56, "W": 56, "registers": 255, "warps": 1, "shared": 0, "atomics": [], "spill_in_loops": 0,
+        "arch": 90, "dtype": "bf16", "K": "7", "C": 96, "strict": False, "plain": True,
+        "kernel": "_depthwise_fwd_kernel", "H": 56, "W": 56, "registers": 255, "warps": 1, "shared": 0, "atomics": [],
+        "spill_in_loops": 0,
         "residual": None, "compile_seconds": 9.0, "loops_as_expected": True, "slots_per_output": 53.9,
     }  # fmt: skip
 

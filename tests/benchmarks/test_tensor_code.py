@@ -125,8 +125,8 @@ def test_no_bank_conflicts_in_any_configuration():
     builds = [gluon_build(Case(FORWARD, "bf16", k, k, **more), PIXELS=p)
               for k in (7, 17) for p in (2, 4) for more in ({}, added)]  # fmt: skip
     builds += [gluon_build(Case(WEIGHT, "bf16", k, k), PIXELS=p) for k in (7, 17) for p in (2, 4)]
-    builds += [gluon_build(Case(FORWARD, "bf16", 21, 21, **more), side, PATCH_ROWS=4, CHUNK=chunk)
-               for side in (56, 7) for chunk in (4, 8) for more in ({}, added)]  # fmt: skip
+    for side, chunk, more in ((56, 4, {}), (56, 8, added), (7, 4, added), (7, 8, {})):
+        builds.append(gluon_build(Case(FORWARD, "bf16", 21, 21, **more), side, PATCH_ROWS=4, CHUNK=chunk))
     seen = Counter()
     for build in builds:
         accesses = conflicts.of_build(build)
@@ -348,6 +348,8 @@ def test_launches_with_and_without_tensor_cores():
     for what, kernel in ((FORWARD, "_depthwise_fwd_pairs_kernel"), (WEIGHT, "_depthwise_bwd_weight_pairs_kernel")):
         found = tensor_time.launched(Case(what, "bf16", 7, 7), 56, 56, False)
         assert kernel in {one.launch.kernel for one in found}
+        taps = [one.bytes for one in found if one.launch.kernel == "_depthwise_taps_kernel"]
+        assert all(size < 10**6 for size in taps), "x only tells its dtype"
     (one,) = (
         one for one in tensor_time.launched(Case(WEIGHT, "bf16", 7, 7), 56, 56, True) if one.launch.kernel == GRADIENT
     )

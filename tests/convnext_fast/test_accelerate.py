@@ -219,7 +219,7 @@ def test_a_module_alone(model):
     (nn.Conv2d(4, 4, 7, padding=12, dilation=4, groups=4), r"dilation \(4, 4\)"),
     (nn.Conv2d(4, 4, 8, padding="same", groups=4), r"even size \(\(8, 8\)\)"),
     (nn.Conv2d(4, 4, 6, groups=4), "the kernel is 6×6"),
-    (nn.Conv2d(4, 4, 21, padding=10, groups=4), "the kernel is 21×21"),
+    (nn.Conv2d(4, 4, 53, padding=26, groups=4), "the kernel is 53×53"),
     (nn.Conv2d(4, 4, 5, padding=7, groups=4), r"padding is \(7, 7\)"),
     (nn.Conv2d(4, 8, 7, groups=4), "it makes 8 channels of 4"),
     (nn.Conv2d(4, 4, 7, groups=4, padding=3, padding_mode="circular"), "padding_mode is 'circular'"),

@@ -235,9 +235,9 @@ def test_taps_and_sums_fit_in_registers():
     ({"dilation": (2, 1), "padding": (5, 1)}, "padding is (5, 1)", "here (4, 2)"),
     ({"kh": 4}, "4×3", "odd sizes"),
     ({"kw": 2}, "3×2", "odd sizes"),
-    ({"kh": 19}, "19×3", "17×17, 1×51 and 51×1"),
+    ({"dtype": "fp32", "kh": 19}, "19×3", "17×17, 1×51 and 51×1"),
     ({"kh": 1, "kw": 53}, "1×53", "1×51"),
-    ({"kh": 31, "kw": 31}, "31×31", "17×17"),
+    ({"dtype": "fp32", "kh": 31, "kw": 31}, "31×31", "17×17"),
 ])  # fmt: skip
 def test_reasons_say_what_came_and_what_is_allowed(change, came, allowed):
     geometry = {"dtype": "bf16", "kh": 3, "kw": 3, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}

@@ -248,7 +248,7 @@ def test_who_engages(monkeypatch):
     ((7, 1, 3), None), (((1, 11), 1, "same"), None), ((5, 1, "valid"), None), (((5, 3),), None),
     ((7, 2, 3), None), ((7, 1, 6, 2), None), ((13, 1, 6), None), ((7, 3, 3), r"stride \(3, 3\)"),
     ((7, 1, 12, 4), r"dilation \(4, 4\)"), ((6, 1, 3), "the kernel is 6×6"), ((6, 1, "same"), "even size"),
-    ((19, 1, 9), "the kernel is 19×19"), ((7, 1, 7), r"padding is \(7, 7\)"),
+    ((53, 1, 26), "the kernel is 53×53"), ((7, 1, 7), r"padding is \(7, 7\)"),
 ], ids=str)  # fmt: skip
 def test_geometry_with_kernels(arguments, reason):
     """As `supports` says of a call, where there are kernels at all."""

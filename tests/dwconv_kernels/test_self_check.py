@@ -275,25 +275,20 @@ def test_a_device_that_is_not_there_is_an_error(device, why):
 
 
 def choices(case, shape):
-    """(kernel, strips, edge) of the three passes."""
-    kh, kw = case.kernel
-    same, (rows, columns) = case.pads == (kh // 2, kw // 2), case.pads
-    at = (case.dtype, kh, kw, same)
-    assert shape[2] + 2 * rows >= kh
-    out = shape[3] + 2 * columns - kw + 1
-    picked = (
-        config.pick_forward(*at, out, case.strict),
-        config.pick_forward(*at, shape[3], case.strict),
-        config.pick_backward_weight(*at, out, case.strict),
-    )
-    return [(choice.kernel, choice.block_w, choice.edge) for choice in picked]
+    """(kernel, strips, edge) of the three passes, or, of tensor cores, (kernel, patches)."""
+    assert shape[2] + 2 * case.pads[0] >= case.kernel[0]
+    picked = self_check_depthwise._choices(case, shape).values()
+    return [
+        (choice.name, choice.patches) if hasattr(choice, "patches") else (choice.kernel, choice.block_w, choice.edge)
+        for choice in picked
+    ]
 
 
 def test_the_cases_run_every_kernel_on_a_gpu_and_the_same_in_the_interpreter():
     met = {"half": set(), "fp32": set()}
     for case in self_check_depthwise.CASES:
         assert choices(case, case.shape) == choices(case, case.small), case
-        if case.kernel == (7, 7):
+        if case.kernel == (7, 7) and case.stride == case.dilation == 1:
             met["fp32" if case.dtype == "fp32" else "half"].update(choices(case, case.shape))
     for kind, dtypes in {"half": ("bf16", "fp16"), "fp32": ("fp32",)}.items():
         shipped = {
@@ -304,7 +299,9 @@ def test_the_cases_run_every_kernel_on_a_gpu_and_the_same_in_the_interpreter():
         }
         assert met[kind] >= shipped
     kernels = {case.kernel for case in self_check_depthwise.CASES}
-    assert kernels >= {(3, 3), (5, 5), (7, 7), (9, 9), (1, 11), (11, 1)}
+    assert kernels >= {(3, 3), (5, 5), (7, 7), (9, 9), (1, 11), (11, 1), (13, 13), (31, 31), (51, 51), (51, 5), (5, 51)}
+    names = {choice[0] for case in self_check_depthwise.CASES for choice in choices(case, case.shape)}
+    assert names >= {"tensor cores, stream", "tensor cores, large"}
     assert {case.dtype for case in self_check_depthwise.CASES} == set(config.DTYPES) == set(DTYPES)
     assert {check for case in self_check_depthwise.CASES for check in case.checks} == set(self_check_depthwise.CHECKS)
 
