@@ -52,8 +52,8 @@ class Case(NamedTuple):
 
 
 # Together, every choice of config.py at 7×7, in two of the dtypes or more, each other kernel at least once, and tensor
-# cores in the sizes that networks have. What takes long to compile comes first, and the maps are odd: overlapping strips,
-# rows that are no pairs, channels that do not fill the last block, several images to a program.
+# cores in the sizes that networks have. What takes long to compile comes first, and the maps are odd: strips that
+# overlap, rows that are no pairs, channels that do not fill the last block, several images to a program.
 CASES = (
     Case("bf16", (7, 7), (1, 64, 33, 57), (1, 5, 3, 15), ("exact", "rounding", "same bits")),
     Case("fp32", (7, 7), (2, 40, 29, 30), (1, 5, 3, 10), ("exact", "rounding", "same bits", "Inf and NaN")),

@@ -22,7 +22,13 @@ MAY_IMPORT = {
     "strips": {"triton", "primitives"},  # what the depthwise kernels share
     "tiles": {"triton", "primitives"},  # what those of layer norm + linear share, and those of the block
     "kernels": {
-        "triton", "primitives", "strips", "kernels_weight", "kernels_strided", "tiles", "kernels_backward",
+        "triton",
+        "primitives",
+        "strips",
+        "kernels_weight",
+        "kernels_strided",
+        "tiles",
+        "kernels_backward",
         "kernels_grn",
     },
     "kernels_backward": {"triton", "primitives", "tiles"},
@@ -52,9 +58,9 @@ BLOCK_STANDS_ON = {
 
 # Files of a package's own folder, lowest first: each may import what stands before it.
 DWCONV_KERNELS = [
-    "_version", "devices", "dtypes", "runtime", "primitives", "interpreter", "gluon_emulator", "testing", "registration", "FAMILIES",
-    "modules", "self_check_common", "self_check_depthwise", "self_check_norm_linear_bounds", "self_check_norm_linear",
-    "self_check_block", "self_check", "__init__",
+    "_version", "devices", "dtypes", "runtime", "primitives", "interpreter", "gluon_emulator", "testing",
+    "registration", "FAMILIES", "modules", "self_check_common", "self_check_depthwise", "self_check_norm_linear_bounds",
+    "self_check_norm_linear", "self_check_block", "self_check", "__init__",
 ]  # fmt: skip
 CONVNEXT_FAST = [
     "backend_in_use", "block", "class_swap", "block_dialects", "block_proof", "accelerate", "model", "convmixer",

@@ -11,6 +11,7 @@ from tests import depthwise_proofs as proofs
 from tests.cases import DEPTHWISE, DTYPES, EMPTY_MAPS, MEANS, KernelCase, geometry_cases, kernel_cases
 from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, skip_without_gpu
 from tests.gpu.workers import Proof
+from tests.tensor_cases import tensor_cases
 
 pytestmark = pytest.mark.gpu
 skip_without_gpu()
@@ -53,6 +54,7 @@ def all_proofs() -> list[Proof]:
         cases = [KernelCase("bf16", 2, 33, 5, 10, 7, 7, 3, 3), KernelCase("fp32", 2, 5, 6, 8, 3, 3, 1, 1)]
         quick = [case for case in [*kernel_cases(), *rows(), *geometry_cases()] if case.seconds() < 0.3]
         exact, rounded = cases + quick[::4], [case._replace(n=1, h=8, w=14) for case in cases]
+        exact += tensor_cases()[::16]
     else:
         exact = [case for dtype in DTYPES for case in stages(dtype, STAGES)]
         exact += rows() + kernel_cases() + geometry_cases()
@@ -60,6 +62,14 @@ def all_proofs() -> list[Proof]:
         rounded += [case._replace(strict=True) for dtype in HALF for case in stages(dtype, STAGES[1:2])]
         sizes = ((3, 3, 1, 1), (5, 5, 2, 2), (9, 9, 4, 4), (1, 11, 0, 5), (11, 1, 5, 0), (7, 7, 1, 4), (5, 3, 4, 0))
         rounded += [KernelCase(dtype, 4, 40, 29, 31, *size) for size in sizes for dtype in DTYPES]
+        exact += tensor_cases() + [case._replace(cut="tensor whole") for d in HALF for case in stages(d, STAGES)]
+        rounded += [case._replace(cut="tensor whole") for d in HALF for case in stages(d, STAGES[:6])]
+        sizes = ((11, 11), (13, 13), (17, 17), (21, 21), (31, 31), (51, 51), (51, 5), (5, 51), (1, 51), (51, 1))
+        rounded += [
+            KernelCase(dtype, 4, 40, 57, 58, kh, kw, kh // 2, kw // 2, cut="tensor whole")
+            for kh, kw in sizes
+            for dtype in HALF
+        ]
         others = [(7, 7, 9, 9, (1, 1), (3, 3)), (7, 7, 3, 3, (2, 2), (1, 1)), (13, 13, 6, 6, (1, 1), (1, 1))]
         rounded += [
             KernelCase(dtype, 4, 40, 29, 42, *size, stride=stride, dilation=dilation)
