@@ -304,6 +304,7 @@ def _bound(kernel) -> tuple[Callable, Program]:
     program = Program()
     copier = types.SimpleNamespace(
         async_copy_global_to_shared=program.async_copy_global_to_shared,
+        async_load=program.async_copy_global_to_shared,
         commit_group=program.commit_group,
         wait_group=program.wait_group,
     )
@@ -314,6 +315,7 @@ def _bound(kernel) -> tuple[Callable, Program]:
             return scopes[id(function.__globals__)]
         scope = scopes[id(function.__globals__)] = dict(function.__globals__)
         scope.update({"gl": program, "mma_v2": program.mma, "async_copy": copier})
+        scope["copy_to_shared"] = program.async_copy_global_to_shared  # what kernels call it, as versions differ
         for name, value in function.__globals__.items():
             if type(value).__name__ == "ConstexprFunction":  # makes layouts
                 scope[name] = lambda *_, **__: None

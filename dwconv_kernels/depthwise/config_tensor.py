@@ -18,6 +18,7 @@ WARPS = 8
 STEPS = 4  # patch rows that the stream kernels read at a time
 # Offsets inside of a tile, at most 32 rows, are 32 bits.
 MAX_ROW = 2**26
+MAX_PIXELS = 2**33  # numbers of strips, and of blocks of 8 pixels, are 32 bits
 _MOST_TAPS = 140  # registers for a table of taps that stays, with those for sums beside it
 
 
@@ -113,8 +114,10 @@ def pays(kh: int, kw: int, n: int, c: int, ow: int) -> bool:
 
 
 @cache
-def pick_forward(kh: int, kw: int, oh: int, ow: int, arch: int, vectors: bool = True) -> Stream | Large:
-    """The kernel for a forward pass or an input gradient of ``oh`` × ``ow`` outputs.
+def pick_forward(
+    kh: int, kw: int, oh: int, ow: int, arch: int, vectors: bool = True, residual: bool = False
+) -> Stream | Large:
+    """The kernel for a forward pass or an input gradient of ``oh`` × ``ow`` outputs, plus a ``residual``.
 
     ``vectors``: can 8 channels be loaded at once? If not, pointers and masks take many registers.
     """
@@ -127,7 +130,8 @@ def pick_forward(kh: int, kw: int, oh: int, ow: int, arch: int, vectors: bool = 
     if choices:
         p = min(choices)[2]
         both = vectors and 4 * p.products + 8 * p.groups + 16 * p.pairs <= _MOST_TAPS + 20
-        return Stream(p, 2 if both else 1, 2, reason="taps fit into registers")
+        pixels = 2 if vectors and not (residual and p.pairs > 3) else 1
+        return Stream(p, 2 if both else 1, pixels, reason="taps fit into registers")
     rows = min((4, 7), key=lambda rows: (-(-oh // (4 * rows)) * rows, -rows))
     fits = shared_kb(arch) >= 163
     return Large(patches(kh, kw, 4), rows, 2 if ow <= 8 else 4, 8 if fits else 4, "taps do not fit into registers")
@@ -146,7 +150,7 @@ def pick_backward_weight(kh: int, kw: int, vectors: bool = True) -> Stream:
                 break
     _, groups, p = min(choices, key=lambda choice: choice[:2])
     both = vectors and groups == 1 and 8 * p.products + 4 * p.groups + 16 * p.pairs <= 124
-    return Stream(p, 2 if both else 1, 2, groups, "sums fit into registers")
+    return Stream(p, 2 if both else 1, 2 if vectors else 1, groups, "sums fit into registers")
 
 
 def shipped(kh: int, kw: int, arch: int, vectors: bool = True) -> Iterator[Stream | Large]:

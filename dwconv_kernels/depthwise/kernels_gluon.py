@@ -40,6 +40,9 @@ SIZES = [
     "jobs_per_program", "shift_h", "shift_w", "column_groups", "pairs",
 ]  # fmt: skip
 
+# Triton 3.9 has another name for it.
+copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 
 @gluon.jit(do_not_specialize=SIZES)
 def _depthwise_fwd_stream_kernel(
@@ -337,7 +340,7 @@ def _first_strip(group, STRIPS: gl.constexpr):
 def _copy_pair(slot, source, block, behind, there, end, C: gl.constexpr):
     """The pair ``behind`` blocks further on than ``source``; zeros where it is not in the map."""
     mask = there & (block >= -behind) & (block < end - behind)
-    async_copy.async_copy_global_to_shared(slot, source + behind * (C * 8), mask=mask)
+    copy_to_shared(slot, source + behind * (C * 8), mask=mask)
 
 
 @gluon.jit

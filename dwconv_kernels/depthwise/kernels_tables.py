@@ -52,20 +52,21 @@ def _depthwise_fragments_kernel(
     tl.store(table_bias_ptr + offs_c, bias, mask=first & (offs_c < padded))
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+@triton.jit(do_not_specialize=SIZES)
 def _depthwise_blocks_kernel(
-    x_ptr, blocks_ptr, N, H, W, HB, WB, above, left, channels, padded,
-    R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, blocks_ptr, N, H, W, HB, WB, above, left,
+    C: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A map (N, H, W, C) in blocks of R × T pixels, (N, HB, WB, padded, 8); zeros outside of the map and beyond C.
+    """A map (N, H, W, C) in blocks of R × T pixels, (N, HB, WB, PADDED, 8); zeros outside of the map and beyond C.
 
-    Block (u, v) begins at row u·R − ``above`` and column v·T − ``left``. One program per (BLOCK_P blocks, BLOCK_C
-    channels).
+    PADDED is C rounded up to a multiple of 8. Block (u, v) begins at row u·R − ``above`` and column v·T − ``left``. One
+    program per (BLOCK_P blocks, BLOCK_C channels); there are less than 2^31 blocks.
     """
     T: tl.constexpr = 8 // R
-    channel_blocks = (padded + BLOCK_C - 1) // BLOCK_C
-    offs_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    at = (tl.program_id(0) // channel_blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    PADDED: tl.constexpr = (C + 7) // 8 * 8
+    CHANNEL_BLOCKS: tl.constexpr = (PADDED + BLOCK_C - 1) // BLOCK_C
+    offs_c = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = tl.program_id(0) // CHANNEL_BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
     n = at // (HB * WB)
     u = at // WB % HB
     v = at % WB
@@ -73,10 +74,11 @@ def _depthwise_blocks_kernel(
     row = (u * R - above)[:, None] + (e // T)[None, :]
     column = (v * T - left)[:, None] + (e % T)[None, :]
     there = (n < N)[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    pointers = x_ptr + ((n[:, None] * H + row) * W + column)[:, :, None] * channels + offs_c[None, None, :]
-    x = tl.load(pointers, mask=there[:, :, None] & (offs_c < channels)[None, None, :], other=0.0)
-    to = blocks_ptr + (at[:, None] * padded + offs_c[None, :])[:, :, None] * 8 + e[None, None, :]
-    tl.store(to, tl.permute(x, (0, 2, 1)), mask=((n < N)[:, None] & (offs_c < padded)[None, :])[:, :, None])
+    pixel = (n[:, None].to(tl.int64) * H + row) * W + column
+    pointers = x_ptr + pixel[:, :, None] * C + offs_c[None, None, :]
+    x = tl.load(pointers, mask=there[:, :, None] & (offs_c < C)[None, None, :], other=0.0)
+    to = blocks_ptr + (at[:, None].to(tl.int64) * PADDED + offs_c[None, :])[:, :, None] * 8 + e[None, None, :]
+    tl.store(to, tl.permute(x, (0, 2, 1)), mask=((n < N)[:, None] & (offs_c < PADDED)[None, :])[:, :, None])
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)

@@ -42,23 +42,23 @@ def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pa
             f"{'' if rows == 1 else ' times the dilation'}, N and H below 2^30"
         )
     if config.is_too_large(*kernel):
-        return _why_not_tensor(n, c, wide)
+        return _why_not_tensor(n, c, h, wide)
     return None
 
 
-def _why_not_tensor(n: int, c: int, wide: int) -> str | None:
-    """Why tensor cores are not to be used, for maps of so many images, channels and columns."""
+def _why_not_tensor(n: int, c: int, h: int, wide: int) -> str | None:
+    """Why tensor cores are not to be used, for maps of so many images, channels, rows and columns."""
     if tensor is None:
         return _NO_GLUON
-    if c * wide >= tensor.config.MAX_ROW or n * wide >= 2**30:
-        return f"x has C·W of {c * wide} and N·W of {n * wide}; kernels for tensor cores take less than 2^26 and 2^30"
+    if c * wide >= tensor.config.MAX_ROW or n * (h + 8) * (wide + 8) >= tensor.config.MAX_PIXELS:
+        return f"x has C·W of {c * wide} and N·H·W of {n * h * wide}; tensor cores take less than 2^26 and 2^33"
     return tensor.refusal()
 
 
 def _on_tensor_cores(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair, ow: int) -> bool:
-    n, c, _, w = x.shape
+    n, c, h, w = x.shape
     taken = config.on_tensor_cores(NAMES[x.dtype], *kernel, stride, dilation, n, c, ow, runtime.strict_kernels())
-    return taken and _why_not_tensor(n, c, max(w, ow) + kernel[1]) is None
+    return taken and _why_not_tensor(n, c, h, max(w, ow) + kernel[1]) is None
 
 
 def depthwise_forward(

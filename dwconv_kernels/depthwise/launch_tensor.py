@@ -22,6 +22,7 @@ if runtime.INTERPRETER:
 from . import kernels_gluon  # noqa: E402
 
 _TABLE_BLOCK_C = 16
+_BLOCKS = {"BLOCK_P": 16, "BLOCK_C": 32}
 
 
 def convolve(
@@ -30,7 +31,7 @@ def convolve(
     """Fills y (N, C, OH, OW) with x convolved with the weight, or the weight turned around, plus ``residual``."""
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, y.shape[2:], weight.shape[2:]
     arch = runtime.arch(x)
-    choice = config.pick_forward(kh, kw, oh, ow, arch, _vectors(x, y, residual))
+    choice = config.pick_forward(kh, kw, oh, ow, arch, _vectors(x, y, residual), residual is not None)
     p = choice.patches
     blocks = -(-c // choice.block_c)
     with runtime.on_device(x):
@@ -59,10 +60,9 @@ def _convolve_large(
     (shift_h, above), (shift_w, left) = divmod(padding[0], p.R), divmod(padding[1], p.T)
     hb, wb = -(-(h + above) // p.R), -(-(w + left) // p.T)
     maps = torch.empty((n, hb, wb, table.shape[1], 8), dtype=x.dtype, device=x.device)
-    positions = -(-n * hb * wb // 16)
-    kernels_tables._depthwise_blocks_kernel[(positions * -(-table.shape[1] // 32),)](
-        x, maps, n, h, w, hb, wb, above, left, c, table.shape[1],
-        R=p.R, BLOCK_P=16, BLOCK_C=32, num_warps=4, num_stages=1,
+    positions = -(-n * hb * wb // _BLOCKS["BLOCK_P"])
+    kernels_tables._depthwise_blocks_kernel[(positions * -(-table.shape[1] // _BLOCKS["BLOCK_C"]),)](
+        x, maps, n, h, w, hb, wb, above, left, C=c, R=p.R, **_BLOCKS, num_warps=4, num_stages=1,
     )  # fmt: skip
     columns = -(-ow // (2 * choice.strips * p.T)) * 2
     grid = channel_blocks * -(-oh // (choice.patch_rows * p.R)) * -(-n * columns // 16)
@@ -144,7 +144,7 @@ def _run(kernel, programs: int, *args, **constants) -> None:
         emulate(kernel, programs, *args, **constants)
         return
     try:
-        kernel[(programs,)](*args, **constants, num_warps=config.WARPS)
+        kernel[(programs,)](*args, **constants, num_warps=config.WARPS, maxnreg=255)
     except Exception as error:
         if not _is_of_the_compiler(error):
             raise
