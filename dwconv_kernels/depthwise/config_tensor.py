@@ -153,6 +153,15 @@ def pick_backward_weight(kh: int, kw: int, vectors: bool = True) -> Stream:
     return Stream(p, 2 if both else 1, 2 if vectors else 1, groups, "sums fit into registers")
 
 
+def options(constants: dict[str, object]) -> dict[str, int]:
+    """How a kernel with these constants is compiled and launched."""
+    found = {"num_warps": WARPS}
+    if "PATCH_ROWS" in constants or constants.get("HAS_RESIDUAL"):
+        # Left to itself, ptxas spills a few registers in some of these. Of the others, it makes longer loops with this.
+        found["maxnreg"] = 255
+    return found
+
+
 def shipped(kh: int, kw: int, arch: int, vectors: bool = True) -> Iterator[Stream | Large]:
     """Every choice that some map leads to, each once."""
     yield pick_backward_weight(kh, kw, vectors)

@@ -144,7 +144,7 @@ def _run(kernel, programs: int, *args, **constants) -> None:
         emulate(kernel, programs, *args, **constants)
         return
     try:
-        kernel[(programs,)](*args, **constants, num_warps=config.WARPS, maxnreg=255)
+        kernel[(programs,)](*args, **constants, **config.options(constants))
     except Exception as error:
         if not _is_of_the_compiler(error):
             raise
