@@ -93,16 +93,8 @@ def cases(
 
 
 def maps_of(case: Case, arch: int) -> list[tuple[int, int]]:
-    """The report's maps, and one for each other choice that config ships."""
-    if case.what == WEIGHT:
-        return list(MAPS)
-    vectors = case.c % 8 == 0
-    picks = {
-        (h, w): config_tensor.pick_forward(case.kh, case.kw, h, w, arch, vectors)
-        for h, w in (*MAPS, *itertools.product(range(64, 0, -1), (14, 7)))
-    }
-    first = {choice: size for size, choice in reversed(picks.items())}
-    return list(dict.fromkeys((*MAPS, *first.values())))
+    """The report's maps: the largest has the whole kernel, the smallest what large ones are cut to."""
+    return list(MAPS)
 
 
 def launched(case: Case, h: int, w: int, arch: int) -> list[block_time.Launched]:

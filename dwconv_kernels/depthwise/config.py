@@ -105,21 +105,27 @@ def why_not(
     dtype: str, kh: int, kw: int, stride: tuple, padding: tuple, dilation: tuple, strict: bool = False
 ) -> str | None:
     """Why no kernel takes such a convolution; None where one does. ``dtype`` as in DTYPES, or a name to report."""
-    reason = why_not_fma(dtype, kh, kw, stride, padding, dilation)
-    if dtype not in DTYPES or not is_too_large(kh, kw) or not _is_plain(kh, kw, stride, dilation):
-        return reason
+    if dtype not in DTYPES or not is_too_large(kh, kw):
+        return why_not_fma(dtype, kh, kw, stride, padding, dilation)
     # What only tensor cores take.
-    other = config_tensor.why_not(dtype, kh, kw, strict)
-    return _why_not_padding(kh, kw, padding, (1, 1)) if other is None else f"{reason}, and {other}"
+    largest, most = f"{MAX_KERNEL}×{MAX_KERNEL}, 1×{MAX_LINE} and {MAX_LINE}×1", config_tensor.MAX_KERNEL
+    if max(kh, kw) > most:
+        return f"the kernel is {kh}×{kw}; the kernels go up to {most}×{most}"
+    if not _is_plain(kh, kw, stride, dilation):
+        at = f"stride {tuple(stride)}, dilation {tuple(dilation)}"
+        return f"{at}; the kernel is {kh}×{kw}, and those beyond {largest} are taken with stride 1 and dilation 1"
+    if (other := config_tensor.why_not(dtype, kh, kw, strict)) is not None:
+        return f"the kernel is {kh}×{kw}, and beyond {largest} only tensor cores do; {other}"
+    return _why_not_padding(kh, kw, padding, (1, 1))
 
 
-def on_tensor_cores(
-    dtype: str, kh: int, kw: int, stride: tuple, dilation: tuple, n: int, c: int, ow: int, strict: bool
-) -> bool:
-    """Do tensor cores compute a pass with maps (n, c, …, ow), of kernels that are taken at all?"""
-    if not _is_plain(kh, kw, stride, dilation) or config_tensor.why_not(dtype, kh, kw, strict) is not None:
+def on_tensor_cores(dtype: str, kh: int, kw: int, stride: tuple, dilation: tuple, c: int, strict: bool) -> bool:
+    """Do tensor cores compute it, with ``c`` channels, of kernels that are taken at all?"""
+    if not _is_plain(kh, kw, stride, dilation):
         return False
-    return is_too_large(kh, kw) or config_tensor.pays(kh, kw, n, c, ow)
+    if is_too_large(kh, kw):
+        return True
+    return config_tensor.why_not(dtype, kh, kw, strict) is None and config_tensor.pays(kh, kw, c)
 
 
 def is_too_large(kh: int, kw: int) -> bool:
@@ -139,7 +145,7 @@ def why_not_fma(dtype: str, kh: int, kw: int, stride: tuple, padding: tuple, dil
         return f"the kernel is {kh}×{kw}; the kernels take odd sizes"
     if is_too_large(kh, kw):
         largest = f"{MAX_KERNEL}×{MAX_KERNEL}, 1×{MAX_LINE} and {MAX_LINE}×1"
-        return f"the kernel is {kh}×{kw}; kernels on FMAs go up to {largest}"
+        return f"the kernel is {kh}×{kw}; the kernels go up to {largest}"
     if max(stride) > MAX_STRIDE:
         return f"stride {tuple(stride)}; the kernels go up to stride {MAX_STRIDE}"
     if tuple(stride) != (1, 1) and max(kh, kw) > MAX_STRIDED_KERNEL:
@@ -157,21 +163,6 @@ def _why_not_padding(kh: int, kw: int, padding: tuple, dilation: tuple) -> str |
     if padding[0] > most[0] or padding[1] > most[1]:
         return f"padding is {tuple(padding)}; the kernels take at most dilation · (the kernel's size − 1), here {most}"
     return None
-
-
-# What larger kernels are cut to where a map leaves the rest of their taps without anything to multiply: few sizes, as
-# each is another compiled kernel. 27 is what reaches across a map of 14, 13 what reaches across one of 7.
-CUT_KERNELS = (13, 21, 27)
-
-
-def used_taps(k: int, padding: int, size: int, out: int) -> tuple[int, int]:
-    """(first, end) of the taps, of ``k`` in one direction, that ``out`` outputs of ``size`` inputs need, or of more."""
-    first, end = max(0, padding - (out - 1)), min(k, padding + size)
-    length = next((length for length in CUT_KERNELS if length >= end - first), k)
-    if length >= k:
-        return 0, k
-    first = min(first, k - length)
-    return first, first + length
 
 
 def strips_fit(w: int, block_w: int, kw: int, dilation: int = 1) -> bool:

@@ -35,6 +35,10 @@ class Patches:
         return 8 // self.R
 
     @property
+    def log_r(self) -> int:
+        return self.R.bit_length() - 1
+
+    @property
     def products(self) -> int:
         """Of 16 × 16 by 16 × 8, for 16 patches."""
         return self.groups * self.pairs
@@ -100,24 +104,39 @@ def why_not(dtype: str, kh: int, kw: int, strict: bool = False) -> str | None:
     return None
 
 
-def pays(kh: int, kw: int, n: int, c: int, ow: int) -> bool:
+def pays(kh: int, kw: int, c: int) -> bool:
     """Are tensor cores faster than FMAs, where both can do it?
 
-    Predicted from machine code. Up to 36 taps FMAs take no longer than the memory does (39 issue slots per output).
-    From 99 on, tensor cores are ahead even with one of the 16 strips of a tile to do. In between, it takes most of a
-    tile: 8.5 slots at 7×7 become 136 with a single strip, against 50. Lines of C that are no multiple of 16 bytes are
-    loaded element by element, which costs about as much as it gains there.
+    Predicted from machine code. Up to 36 taps FMAs take no longer than the memory does (39 issue slots per output);
+    from there on tensor cores do. C that are no multiple of 16 bytes are loaded element by element, which at 7×7 costs
+    about as much as it gains; from 99 taps on it does not matter. The number of images has no say: with one of the 16
+    strips of a tile to do, 8.5 slots at 7×7 become 136, against 50, but such maps take no longer than a launch, and a
+    batch of another size would compile other kernels and have other bits.
     """
-    if kh * kw >= 99:
-        return True
-    return kh * kw > 36 and n * -(-ow // patches(kh, kw, 1).T) >= 12 and c % 8 == 0
+    return kh * kw >= 99 or (kh * kw > 36 and c % 8 == 0)
+
+
+# What kernels are cut to where a map leaves the rest of their taps without anything to multiply: few sizes, as each is
+# another compiled kernel. 27 is what reaches across a map of 14, 13 what reaches across one of 7.
+CUTS = (13, 27)
+
+
+def used_taps(kernel: tuple, padding: tuple, size: tuple, out: tuple, cuts: tuple = CUTS) -> list[tuple[int, int]]:
+    """(first, end) of the taps, in each direction, that ``out`` outputs of ``size`` inputs need, or of more.
+
+    All of them, or as many as one of ``cuts`` in both directions, or all in one that has less.
+    """
+    needed = [(max(0, p - (o - 1)), min(k, p + s)) for k, p, s, o in zip(kernel, padding, size, out, strict=True)]
+    longest = max(end - first for first, end in needed)
+    cut = next((cut for cut in cuts if longest <= cut), max(kernel))
+    lengths = [min(cut, k) for k in kernel]
+    firsts = [min(first, k - length) for (first, _), k, length in zip(needed, kernel, lengths, strict=True)]
+    return [(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
 
 
 @cache
-def pick_forward(
-    kh: int, kw: int, oh: int, ow: int, arch: int, vectors: bool = True, residual: bool = False
-) -> Stream | Large:
-    """The kernel for a forward pass or an input gradient of ``oh`` × ``ow`` outputs, plus a ``residual``.
+def pick_forward(kh: int, kw: int, arch: int, vectors: bool = True, residual: bool = False) -> Stream | Large:
+    """The kernel for a forward pass or an input gradient, plus a ``residual``.
 
     ``vectors``: can 8 channels be loaded at once? If not, pointers and masks take many registers.
     """
@@ -132,9 +151,9 @@ def pick_forward(
         both = vectors and 4 * p.products + 8 * p.groups + 16 * p.pairs <= _MOST_TAPS + 20
         pixels = 2 if vectors and not (residual and p.pairs > 3) else 1
         return Stream(p, 2 if both else 1, pixels, reason="taps fit into registers")
-    rows = min((4, 7), key=lambda rows: (-(-oh // (4 * rows)) * rows, -rows))
-    fits = shared_kb(arch) >= 163
-    return Large(patches(kh, kw, 4), rows, 2 if ow <= 8 else 4, 8 if fits else 4, "taps do not fit into registers")
+    # Of kernels that are cut to maps of 14 and less, four patch rows are all there are.
+    rows, fits = 4 if max(kh, kw) <= max(CUTS) else 7, shared_kb(arch) >= 163
+    return Large(patches(kh, kw, 4), rows, 4, 8 if fits else 4, "taps do not fit into registers")
 
 
 @cache
@@ -163,10 +182,9 @@ def options(constants: dict[str, object]) -> dict[str, int]:
 
 
 def shipped(kh: int, kw: int, arch: int, vectors: bool = True) -> Iterator[Stream | Large]:
-    """Every choice that some map leads to, each once."""
+    """Both choices for a kernel."""
     yield pick_backward_weight(kh, kw, vectors)
-    sizes = ((oh, ow) for oh in range(1, 65) for ow in (7, 14))
-    yield from dict.fromkeys(pick_forward(kh, kw, *size, arch, vectors) for size in sizes)
+    yield pick_forward(kh, kw, arch, vectors)
 
 
 @lru_cache(maxsize=4096)

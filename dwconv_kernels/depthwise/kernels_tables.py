@@ -8,7 +8,7 @@ import triton.language as tl
 
 SIZES = [
     "has_bias", "flip", "channels", "padded", "groups", "kh", "kw", "stride_wc", "stride_wh", "stride_ww", "stride_b",
-    "N", "H", "W", "HB", "WB", "above", "left", "pairs", "groups", "column_groups", "wants_dw", "wants_db",
+    "log_r", "N", "H", "W", "HB", "WB", "above", "left", "pairs", "groups", "column_groups", "wants_dw", "wants_db",
 ]  # fmt: skip
 POINTERS = ["x_ptr", "weight_ptr", "bias_ptr", "blocks_ptr", "sums_ptr", "dw_ptr", "db_ptr"]
 
@@ -16,8 +16,8 @@ POINTERS = ["x_ptr", "weight_ptr", "bias_ptr", "blocks_ptr", "sums_ptr", "dw_ptr
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def _depthwise_fragments_kernel(
     weight_ptr, bias_ptr, table_ptr, table_bias_ptr, has_bias, flip, channels, padded, groups, kh, kw,
-    stride_wc, stride_wh, stride_ww, stride_b,
-    R: tl.constexpr, BLOCK_C: tl.constexpr,
+    stride_wc, stride_wh, stride_ww, stride_b, log_r,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Second factors (pairs · groups, padded, 128) of weight (C, 1, KH, KW), in the table's dtype, and the bias.
 
@@ -26,7 +26,8 @@ def _depthwise_fragments_kernel(
     lane: lane 4n + t has rows 2t, 2t + 1, 2t + 8, 2t + 9. ``flip`` turns the taps around. One program per (factor,
     BLOCK_C channels); channels from C to ``padded`` are zeros.
     """
-    T: tl.constexpr = 8 // R
+    log_t = 3 - log_r  # R and T are powers of 2, and divisions by them shifts
+    in_row = (1 << log_t) - 1
     DTYPE: tl.constexpr = table_ptr.dtype.element_ty
     blocks = (padded + BLOCK_C - 1) // BLOCK_C
     at = tl.program_id(0) // blocks
@@ -35,8 +36,8 @@ def _depthwise_fragments_kernel(
     n = entry // 16
     inner = entry // 4 % 4 * 2 + entry % 2
     block = at // groups * 2 + entry // 2 % 2
-    i = at % groups * R + inner // T - n // T
-    j = block * T + inner % T - n % T
+    i = (at % groups << log_r) + (inner >> log_t) - (n >> log_t)
+    j = (block << log_t) + (inner & in_row) - (n & in_row)
     there = (i >= 0) & (i < kh) & (j >= 0) & (j < kw)
     i = tl.where(flip != 0, kh - 1 - i, i)
     j = tl.where(flip != 0, kw - 1 - j, j)
@@ -83,8 +84,9 @@ def _depthwise_blocks_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def _depthwise_diagonals_kernel(
-    sums_ptr, dw_ptr, db_ptr, wants_dw, wants_db, channels, padded, pairs, groups, kw, stride_wc, stride_wh, stride_ww,
-    KH: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr,
+    sums_ptr, dw_ptr, db_ptr, wants_dw, wants_db, channels, padded, pairs, groups, kh, kw, log_r,
+    stride_wc, stride_wh, stride_ww,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dw (C, 1, KH, KW) and db (C,) from sums of products (column groups, pairs · groups + 1, padded, 16, 8), fp32.
 
@@ -92,22 +94,24 @@ def _depthwise_diagonals_kernel(
     outputs. ``pairs`` is that of one column group. One program per (tap or, last, the bias,
     BLOCK_C channels).
     """
-    T: tl.constexpr = 8 // R
+    log_t = 3 - log_r
+    in_row = (1 << log_t) - 1
+    in_column = (1 << log_r) - 1
     channel_blocks = (channels + BLOCK_C - 1) // BLOCK_C
     tap = tl.program_id(0) // channel_blocks
     offs_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = offs_c < channels
     i = tap // kw
     j = tap % kw
-    is_bias = i == KH
+    is_bias = i == kh
     n = tl.arange(0, 8)
-    row = i + n // T
-    column = j + n % T
-    block = column // T
+    row = i + (n >> log_t)
+    column = j + (n & in_row)
+    block = column >> log_t
     pair = block // 2
-    at = tl.where(is_bias, pairs * groups, pair % pairs * groups + row // R)
+    at = tl.where(is_bias, pairs * groups, pair % pairs * groups + (row >> log_r))
     factor = tl.where(is_bias, 0, pair // pairs) * (pairs * groups + 1) + at
-    pixel = tl.where(is_bias, 0, block % 2 * 8 + row % R * T + column % T)
+    pixel = tl.where(is_bias, 0, block % 2 * 8 + ((row & in_column) << log_t) + (column & in_row))
     pointers = (
         sums_ptr + (factor.to(tl.int64) * padded)[None, :] * 128 + offs_c[:, None] * 128 + (pixel * 8 + n)[None, :]
     )

@@ -6,11 +6,10 @@ for a contiguous (N, C, H, W) map that is two more passes over memory in each di
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from .. import registration, runtime
 from ..dtypes import NAMES, name_of
@@ -18,7 +17,7 @@ from . import config, kernels
 
 try:
     from . import launch_tensor as tensor
-except (ImportError, AttributeError) as error:  # Gluon is experimental: what it is made of may change
+except Exception as error:  # Gluon is experimental: whatever it is made of may change
     tensor, _NO_GLUON = None, f"this version of Triton has another Gluon ({error})"
 
 Pair = tuple[int, int]
@@ -27,11 +26,14 @@ _SUM_BLOCK = {"BLOCK_P": 32, "BLOCK_C": 32}  # partial sums are read as tiles of
 _TAPS_BLOCK_C = 128
 
 
-def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> str | None:
-    """Why no kernel takes this convolution; None where one does."""
+def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, begun: bool = False) -> str | None:
+    """Why no kernel takes this convolution; None where one does.
+
+    One that has ``begun``, as a forward pass, goes on, whatever strict mode and what Triton has compiled say since.
+    """
     name = name_of(runtime.autocast_dtype(x) or x.dtype)
     (n, c, h, w), kernel = x.shape, weight.shape[2:]
-    reason = config.why_not(name, *kernel, stride, padding, dilation, runtime.strict_kernels())
+    reason = config.why_not(name, *kernel, stride, padding, dilation, not begun and runtime.strict_kernels())
     if reason is not None:
         return reason
     wide = w + 2 * padding[1]
@@ -42,23 +44,29 @@ def why_not(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pa
             f"{'' if rows == 1 else ' times the dilation'}, N and H below 2^30"
         )
     if config.is_too_large(*kernel):
-        return _why_not_tensor(n, c, h, wide)
+        return _why_not_tensor(x, kernel) or (None if begun else tensor.why_refused(*kernel))
     return None
 
 
-def _why_not_tensor(n: int, c: int, h: int, wide: int) -> str | None:
-    """Why tensor cores are not to be used, for maps of so many images, channels, rows and columns."""
+def _why_not_tensor(x: Tensor, kernel: Pair) -> str | None:
+    """Why tensor cores are not to be used for these maps, or their gradients; None where they can be."""
     if tensor is None:
         return _NO_GLUON
-    if c * wide >= tensor.config.MAX_ROW or n * (h + 8) * (wide + 8) >= tensor.config.MAX_PIXELS:
-        return f"x has C·W of {c * wide} and N·H·W of {n * h * wide}; tensor cores take less than 2^26 and 2^33"
-    return tensor.refusal()
+    (n, c, h, w), (most, pixels) = x.shape, (tensor.config.MAX_ROW, tensor.config.MAX_PIXELS)
+    wide, tall = w + 2 * kernel[1] + 8, h + 2 * kernel[0] + 8  # at most, of y, dx and maps in blocks
+    if c * wide >= most or n * tall * wide >= pixels:
+        return (
+            f"x has shape {tuple(x.shape)}; kernels for tensor cores take C·W to 2^26 and N·H·W to 2^33, with margins"
+        )
+    return None
 
 
-def _on_tensor_cores(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair, ow: int) -> bool:
-    n, c, h, w = x.shape
-    taken = config.on_tensor_cores(NAMES[x.dtype], *kernel, stride, dilation, n, c, ow, runtime.strict_kernels())
-    return taken and _why_not_tensor(n, c, h, max(w, ow) + kernel[1]) is None
+def _on_tensor_cores(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> bool:
+    strict = runtime.strict_kernels()
+    if not config.on_tensor_cores(NAMES[x.dtype], *kernel, stride, dilation, x.shape[1], strict):
+        return False
+    # What only tensor cores take has been looked at before the first pass.
+    return config.is_too_large(*kernel) or _why_not_tensor(x, kernel) is None
 
 
 def depthwise_forward(
@@ -138,30 +146,24 @@ def depthwise_weight_gradient(
         return
     dy = dy.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
-    if tuple(stride) == tuple(dilation) == (1, 1):
-        kernel, padding, dw = _gradient_in_reach(dy, x, kernel, padding, dw)
     if not _weight_gradient_tensor(dy, x, kernel, padding, dw, db, dilation, stride):
         _weight_gradient_fma(dy, x, kernel, padding, dw, db, dilation, stride)
 
 
-def _gradient_in_reach(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None):
-    """Kernel, padding and dw without the taps that are off the map for every output; their gradients become zero."""
-    whole = kernel
-    for k in range(2):
-        first, end = config.used_taps(kernel[k], padding[k], x.shape[2 + k], dy.shape[2 + k])
-        kernel = (*kernel[:k], end - first, *kernel[k + 1 :])
-        padding = (*padding[:k], padding[k] - first, *padding[k + 1 :])
-        if dw is not None and kernel[k] < whole[k]:
-            dw.zero_()
-            dw = dw.narrow(2 + k, first, end - first)
-    return kernel, padding, dw
-
-
 def _weight_gradient_tensor(dy, x, kernel, padding, dw, db, dilation, stride) -> bool:
-    """Has it been done, on tensor cores?"""
-    if not _on_tensor_cores(x, kernel, stride, dilation, dy.shape[3]):
+    """Has it been done, on tensor cores, or by PyTorch where Triton compiles no kernel and no other is left?"""
+    if not _on_tensor_cores(x, kernel, stride, dilation):
         return False
-    return _done_or_refused(lambda: tensor.weight_gradient(dy, x, kernel, padding, dw, db), kernel)
+    try:
+        tensor.weight_gradient(dy, x, kernel, padding, dw, db)
+    except tensor.Refused:
+        if not config.is_too_large(*kernel):
+            return False
+        if dw is not None:
+            dw.copy_(conv2d_weight(x, (x.shape[1], 1, *kernel), dy, padding=tuple(padding), groups=x.shape[1]))
+        if db is not None:
+            db.copy_(dy.sum((0, 2, 3), dtype=torch.float32))
+    return True
 
 
 def _weight_gradient_fma(dy, x, kernel, padding, dw, db, dilation, stride) -> None:
@@ -231,7 +233,7 @@ def _strided_map(
 
 def _refuse_unsupported(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
     """For callers of the raw operators; the public function has asked :func:`why_not` before."""
-    reason = "x is empty" if 0 in x.shape[1:] else why_not(x, weight, stride, padding, dilation)
+    reason = "x is empty" if 0 in x.shape[1:] else why_not(x, weight, stride, padding, dilation, begun=True)
     if reason is not None:
         raise ValueError(f"the Triton kernels do not take this depthwise convolution: {reason}")
 
@@ -264,39 +266,26 @@ def convolve(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = out if out.is_contiguous(memory_format=torch.channels_last) else _empty_channels_last(out)
-    if tuple(dilation) == (1, 1):
-        weight, padding = _taps_in_reach(x, weight, padding, out, flip)
     if not _convolve_tensor(x, weight, bias, padding, y, flip, residual, dilation):
         _convolve_fma(x, weight, bias, padding, y, flip, residual, dilation)
     if y is not out:
         out.copy_(y)
 
 
-def _taps_in_reach(x: Tensor, weight: Tensor, padding: Pair, out: Tensor, flip: bool) -> tuple[Tensor, Pair]:
-    """The weight without taps that are off the map for every output, where that makes it a smaller kernel."""
-    for k in range(2):
-        size = weight.shape[2 + k]
-        first, end = config.used_taps(size, padding[k], x.shape[2 + k], out.shape[2 + k])
-        padding = (*padding[:k], padding[k] - first, *padding[k + 1 :])
-        weight = weight.narrow(2 + k, size - end if flip else first, end - first)
-    return weight, padding
-
-
 def _convolve_tensor(x, weight, bias, padding, y, flip, residual, dilation) -> bool:
-    """Has it been done, on tensor cores?"""
-    if not _on_tensor_cores(x, weight.shape[2:], (1, 1), dilation, y.shape[3]):
+    """Has it been done, on tensor cores, or by PyTorch where Triton compiles no kernel and no other is left?"""
+    kernel = weight.shape[2:]
+    if not _on_tensor_cores(x, kernel, (1, 1), dilation):
         return False
-    return _done_or_refused(lambda: tensor.convolve(x, weight, bias, padding, y, flip, residual), weight.shape[2:])
-
-
-def _done_or_refused(launch: Callable[[], None], kernel: Pair) -> bool:
     try:
-        launch()
-    except tensor.Refused as error:
-        if config.is_too_large(*kernel):
-            raise RuntimeError(f'{error}; backend("torch") computes this convolution') from error
-        warnings.warn(f"{error}; kernels on FMAs take its place", stacklevel=2)
-        return False
+        tensor.convolve(x, weight, bias, padding, y, flip, residual)
+    except tensor.Refused:
+        if not config.is_too_large(*kernel):
+            return False
+        weight = (weight.flip(2, 3) if flip else weight).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        result = F.conv2d(x, weight, bias, padding=tuple(padding), groups=x.shape[1])
+        y.copy_(result if residual is None else result.float() + residual)
     return True
 
 

@@ -5,6 +5,8 @@ Maps are channels_last without gaps, (N, C, H, W) tensors over memory (N, H, W, 
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import triton
 from torch import Tensor
@@ -29,9 +31,10 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, y: Tensor, flip: bool, residual: Tensor | None = None
 ) -> None:
     """Fills y (N, C, OH, OW) with x convolved with the weight, or the weight turned around, plus ``residual``."""
+    weight, padding = _taps_in_reach(x, weight, padding, y, flip)
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, y.shape[2:], weight.shape[2:]
     arch = runtime.arch(x)
-    choice = config.pick_forward(kh, kw, oh, ow, arch, _vectors(x, y, residual), residual is not None)
+    choice = config.pick_forward(kh, kw, arch, _vectors(x, y, residual), residual is not None)
     p = choice.patches
     blocks = -(-c // choice.block_c)
     with runtime.on_device(x):
@@ -49,6 +52,15 @@ def convolve(
             n, h, w, oh, ow, *padding, rows, strips, tiles, several,
             **choice.constants(c), HAS_RESIDUAL=residual is not None,
         )  # fmt: skip
+
+
+def _taps_in_reach(x: Tensor, weight: Tensor, padding: Pair, y: Tensor, flip: bool) -> tuple[Tensor, Pair]:
+    """The weight without taps that are off the map for every output, where that makes it a smaller kernel."""
+    kernel = tuple(weight.shape[2:])
+    used = config.used_taps(kernel, padding, x.shape[2:], y.shape[2:])
+    for k, (first, end) in enumerate(used):
+        weight = weight.narrow(2 + k, kernel[k] - end if flip else first, end - first)
+    return weight, tuple(p - first for p, (first, _) in zip(padding, used, strict=True))
 
 
 def _convolve_large(
@@ -76,6 +88,13 @@ def _convolve_large(
 
 def weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tensor | None, db: Tensor | None) -> None:
     """Fills dw (C, 1, KH, KW) and db (C,), each unless it is None."""
+    used = config.used_taps(kernel, padding, x.shape[2:], dy.shape[2:], config.CUTS[:1])
+    padding = tuple(p - first for p, (first, _) in zip(padding, used, strict=True))
+    if dw is not None and any(end - first < k for k, (first, end) in zip(kernel, used, strict=True)):
+        dw.zero_()  # the others, which no output needs
+        for k, (first, end) in enumerate(used):
+            dw = dw.narrow(2 + k, first, end - first)
+    kernel = tuple(end - first for first, end in used)
     (n, c, h, w), (oh, ow), (kh, kw) = x.shape, dy.shape[2:], kernel
     arch = runtime.arch(x)
     choice = config.pick_backward_weight(kh, kw, _vectors(x, dy))
@@ -98,9 +117,9 @@ def weight_gradient(dy: Tensor, x: Tensor, kernel: Pair, padding: Pair, dw: Tens
         sums = sums[0] if parts == 1 else sums.sum(0)
         kernels_tables._depthwise_diagonals_kernel[((kh * kw + 1) * -(-c // _TABLE_BLOCK_C),)](
             sums, db if dw is None else dw, dw if db is None else db, int(dw is not None), int(db is not None),
-            c, padded, pairs, p.groups, kw,
+            c, padded, pairs, p.groups, kh, kw, p.log_r,
             *((0, 0, 0) if dw is None else (dw.stride(0), dw.stride(2), dw.stride(3))),
-            KH=kh, R=p.R, BLOCK_C=_TABLE_BLOCK_C, num_warps=1, num_stages=1,
+            BLOCK_C=_TABLE_BLOCK_C, num_warps=1, num_stages=1,
         )  # fmt: skip
 
 
@@ -116,7 +135,7 @@ def _table(
         weight, weight if bias is None else bias, table, table_bias,
         int(bias is not None), int(flip), c, padded, p.groups, kh, kw,
         weight.stride(0), weight.stride(2), weight.stride(3), 0 if bias is None else bias.stride(0),
-        R=p.R, BLOCK_C=_TABLE_BLOCK_C, num_warps=4, num_stages=1,
+        p.log_r, BLOCK_C=_TABLE_BLOCK_C, num_warps=4, num_stages=1,
     )  # fmt: skip
     return table, table_bias
 
@@ -130,27 +149,35 @@ class Refused(Exception):
     """This version of Triton does not compile a kernel, and does not from now on."""
 
 
-_refusal: str | None = None
+_refusals: dict[str, str] = {}  # by the kernel's name
 
 
-def refusal() -> str | None:
-    """Why Triton compiles none of these kernels; None as long as that has not happened."""
-    return _refusal
+def why_refused(kh: int, kw: int) -> str | None:
+    """Why Triton compiles a kernel for KH × KW not; None as long as that has not happened."""
+    forward = _LARGE if isinstance(config.pick_forward(kh, kw, 90), config.Large) else _STREAM
+    return _refusals.get(forward) or _refusals.get(_GRADIENT)
+
+
+_LARGE, _STREAM = "_depthwise_fwd_large_kernel", "_depthwise_fwd_stream_kernel"
+_GRADIENT = "_depthwise_bwd_weight_stream_kernel"
 
 
 def _run(kernel, programs: int, *args, **constants) -> None:
-    global _refusal
     if runtime.INTERPRETER:
         emulate(kernel, programs, *args, **constants)
         return
+    name = kernel.fn.__name__
+    if name in _refusals:
+        raise Refused(_refusals[name])
     try:
         kernel[(programs,)](*args, **constants, **config.options(constants))
     except Exception as error:
         if not _is_of_the_compiler(error):
             raise
         text = str(error).strip().splitlines() or [""]
-        _refusal = f"Triton {triton.__version__} does not compile {kernel.fn.__name__}: {text[-1]}"
-        raise Refused(_refusal) from error
+        _refusals[name] = f"Triton {triton.__version__} does not compile {name}: {text[-1]}"
+        warnings.warn(f"{_refusals[name]}; other kernels, or PyTorch's, take its place", stacklevel=2)
+        raise Refused(_refusals[name]) from error
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

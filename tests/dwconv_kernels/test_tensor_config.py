@@ -46,12 +46,24 @@ def test_every_choice_fits(arch):
                 assert 4 * choice.patch_rows * choice.strips * 256 < REGISTERS / 2
 
 
-def test_few_kernels_are_compiled_whatever_the_maps():
-    for kh, kw in KERNELS:
-        assert len(list(tensor.shipped(kh, kw, 90))) <= 5
-    # Kernels that are cut to what a map needs are others, but of few sizes.
-    cut = {config.used_taps(51, 25, size, size) for size in range(1, 200)}
-    assert len({end - first for first, end in cut}) == len(config.CUT_KERNELS) + 1
+def sizes_of_maps():
+    """Square ones, those of a network, and oblong ones."""
+    return [*((size, size) for size in range(1, 81)), *itertools.product((1, 5, 7, 9, 14, 20, 33, 56, 79), repeat=2)]
+
+
+@pytest.mark.parametrize("kernel", [(7, 7), (9, 9), (13, 13), (17, 17), (31, 31), (51, 51), (51, 5), (5, 51), (1, 51)])
+def test_at_most_eight_kernels_are_compiled_whatever_the_maps(kernel):
+    """For any set of sizes, with the three small ones: the table of taps, the map in blocks, taps out of sums."""
+    found = set()
+    for size in sizes_of_maps():
+        padding = tuple(k // 2 for k in kernel)
+        forward, gradient = (
+            [end - first for first, end in tensor.used_taps(kernel, padding, size, size, cuts)]
+            for cuts in (tensor.CUTS, tensor.CUTS[:1])
+        )
+        choices = tensor.pick_forward(*forward, 90), tensor.pick_backward_weight(*gradient)
+        found |= {(type(choice), tuple(choice.constants(96).items())) for choice in choices}
+    assert len(found) + 3 <= 8
 
 
 def test_used_taps_are_all_that_meet_an_output():
@@ -60,14 +72,18 @@ def test_used_taps_are_all_that_meet_an_output():
             out = size + 2 * padding - k + 1
             if out < 1:
                 continue
-            first, end = config.used_taps(k, padding, size, out)
+            (first, end), (one, _) = tensor.used_taps((k, 5), (padding, 2), (size, 9), (out, 9))
             used = {i for i in range(k) for h in range(out) if 0 <= h + i - padding < size}
             assert used <= set(range(first, end)), (k, size, padding)
             assert 0 <= first < end <= k
-            assert end - first in (k, *config.CUT_KERNELS)
+            assert end - first in (k, *tensor.CUTS)
             assert padding >= first
-    assert config.used_taps(31, 15, 14, 14) == (2, 29)
-    assert config.used_taps(31, 15, 7, 7) == (9, 22)
+            assert one == 0
+    assert tensor.used_taps((31, 31), (15, 15), (14, 14), (14, 14)) == [(2, 29), (2, 29)]
+    assert tensor.used_taps((31, 31), (15, 15), (7, 7), (7, 7)) == [(9, 22), (9, 22)]
+    assert tensor.used_taps((31, 31), (15, 15), (7, 14), (7, 14)) == [(4, 31), (2, 29)]  # one size for both
+    assert tensor.used_taps((31, 31), (15, 15), (7, 28), (7, 28)) == [(0, 31), (0, 31)]
+    assert tensor.used_taps((51, 5), (25, 2), (7, 7), (7, 7)) == [(19, 32), (0, 5)]
 
 
 @pytest.mark.parametrize("arch", [0, 80, 90, 120])
@@ -106,28 +122,31 @@ def test_what_tensor_cores_take_is_said():
     at = ((1, 1), (15, 15), (1, 1))
     assert config.why_not("bf16", 31, 31, *at) is None
     reason = config.why_not("fp32", 31, 31, *at)
-    assert "kernels on FMAs go up to 17×17" in reason
+    assert "the kernel is 31×31, and beyond 17×17" in reason
     assert "tensor cores multiply bfloat16 and float16" in reason
     assert "strict" in config.why_not("bf16", 31, 31, *at, strict=True)
     assert "padding is (31, 15)" in config.why_not("bf16", 31, 31, (1, 1), (31, 15), (1, 1))
-    assert "the kernel is 31×31" in config.why_not("bf16", 31, 31, (2, 2), (15, 15), (1, 1))
-    assert "the kernel is 31×31" in config.why_not("bf16", 31, 31, (1, 1), (15, 15), (2, 2))
+    for stride, dilation in (((2, 2), (1, 1)), ((1, 1), (2, 2))):
+        reason = config.why_not("bf16", 31, 31, stride, (15, 15), dilation)
+        assert reason.startswith(f"stride {stride}, dilation {dilation}; the kernel is 31×31")
     assert "odd" in config.why_not("bf16", 30, 31, *at)
-    assert "53×53" in config.why_not("bf16", 53, 53, (1, 1), (26, 26), (1, 1))
+    assert config.why_not("bf16", 53, 53, (1, 1), (26, 26), (1, 1)) == (
+        "the kernel is 53×53; the kernels go up to 51×51"
+    )
 
 
 def test_where_tensor_cores_pay():
     pays = tensor.pays
-    assert pays(7, 7, 128, 96, 56)
-    assert pays(7, 7, 12, 768, 7)
-    assert not pays(7, 7, 1, 96, 56)  # 7 of the 16 strips of a tile
-    assert not pays(7, 7, 128, 33, 56)
-    assert not pays(5, 5, 128, 96, 56)  # the memory's time is theirs
-    assert not pays(1, 31, 128, 96, 56)
-    assert pays(13, 13, 1, 33, 7)
-    taken = ((1, 1), (1, 1), 128, 96, 56, False)
+    assert pays(7, 7, 96)
+    assert not pays(7, 7, 33)
+    assert not pays(5, 5, 96)  # the memory's time is theirs
+    assert not pays(1, 31, 96)
+    assert pays(13, 13, 33)
+    taken = ((1, 1), (1, 1), 96, False)
     assert config.on_tensor_cores("bf16", 7, 7, *taken)
     assert not config.on_tensor_cores("fp32", 7, 7, *taken)
     assert not config.on_tensor_cores("bf16", 7, 7, (2, 2), *taken[1:])
     assert not config.on_tensor_cores("bf16", 7, 7, (1, 1), (2, 1), *taken[2:])
     assert not config.on_tensor_cores("bf16", 7, 7, *taken[:-1], True)
+    # What has no other kernels stays, also where the backward pass is called in strict mode.
+    assert config.on_tensor_cores("bf16", 31, 31, *taken[:-1], True)

@@ -1,6 +1,7 @@
 """The depthwise kernels for tensor cores, on the emulator: right, the same every time, and taken where they pay."""
 
 import random
+import types
 from unittest import mock
 
 import pytest
@@ -55,8 +56,7 @@ def test_exact_on_integers(case):
 def test_the_cases_meet_every_kernel_and_every_value():
     met = set()
     for case in tensor_cases():
-        h, w = (min(size, limit) for size, limit in zip(case.output, (64, 64), strict=True))
-        choice = CONFIG.pick_forward(case.kh, case.kw, h, w, 0)
+        choice = CONFIG.pick_forward(case.kh, case.kw, 0)
         kernel = kernel_of(choice)
         met |= {(kernel, case.dtype), (kernel, case.order), (kernel, case.same), (kernel, case.c % 8 == 0)}
         met |= {(case.x,), (case.dy,), (case.weight,), (case.bias,), (case.cut,), (kernel, case.n > 1)}
@@ -150,14 +150,14 @@ def ran(case, strict=False):
     return [name for name, _ in kernels], [launch.kernel for launch in guard.launches]
 
 
-def test_large_batches_run_on_tensor_cores_and_small_ones_on_fmas():
-    emulated, _ = ran(KernelCase("bf16", 16, 8, 2, 3, 7, 7, 3, 3))
+def test_half_types_run_on_tensor_cores_from_7_by_7_on():
+    emulated, interpreted = ran(KernelCase("bf16", 1, 8, 2, 3, 7, 7, 3, 3))
     assert emulated == ["_depthwise_fwd_stream_kernel"] * 2 + ["_depthwise_bwd_weight_stream_kernel"]
+    assert interpreted == ["_depthwise_fragments_kernel"] * 2 + ["_depthwise_diagonals_kernel"]
     for case in (
-        KernelCase("bf16", 2, 8, 2, 3, 7, 7, 3, 3),
-        KernelCase("fp32", 16, 8, 2, 3, 7, 7, 3, 3),
-        KernelCase("bf16", 16, 9, 2, 3, 7, 7, 3, 3),
-        KernelCase("bf16", 16, 8, 2, 3, 5, 5, 2, 2),
+        KernelCase("fp32", 1, 8, 2, 3, 7, 7, 3, 3),
+        KernelCase("bf16", 1, 9, 2, 3, 7, 7, 3, 3),
+        KernelCase("bf16", 1, 8, 2, 3, 5, 5, 2, 2),
     ):
         assert ran(case)[0] == []
 
@@ -171,8 +171,20 @@ def test_strict_kernels_use_no_tensor_cores():
     with dk.strict():
         taken, reason = dk.supports(dk.depthwise_conv2d, x, w, padding=10)
     assert not taken
-    assert "kernels on FMAs go up to 17×17" in reason
+    assert "beyond 17×17" in reason
     assert "strict kernels" in reason
+
+
+def test_a_backward_pass_in_strict_mode_of_what_only_tensor_cores_take():
+    case = KernelCase("bf16", 1, 8, 6, 5, 19, 19, 9, 9)
+    inputs, dy = proofs.operands(case, testing.integers)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with dk.backend("triton"):
+        y = dk.depthwise_conv2d(*leaves, padding=9)
+    with dk.strict():
+        y.backward(dy)
+    for leaf, expected in zip(leaves, proofs.exactly(case, inputs, dy)[1:], strict=True):
+        testing.assert_exact(leaf.grad, expected)
 
 
 @pytest.mark.parametrize("size, kernel", [(14, 31), (7, 31), (7, 51), (10, 51), (9, 31)])
@@ -182,10 +194,10 @@ def test_taps_that_no_output_needs_are_left_out(size, kernel):
     patch, kernels = programs_in("forward")
     with patch:
         proofs.prove_exact(case)
-    cut = min(k for k in (*LAUNCH.config.CUT_KERNELS, kernel) if k >= 2 * size - 1)
+    cut = min(k for k in (*CONFIG.CUTS, kernel) if k >= 2 * size - 1)
     assert cut < kernel
     groups = [constants["GROUPS"] for _, constants in kernels]
-    assert groups[0] == CONFIG.pick_forward(cut, cut, size, size, 0).patches.groups
+    assert groups[0] == CONFIG.pick_forward(cut, cut, 0).patches.groups
 
 
 # Inf and NaN
@@ -208,7 +220,7 @@ def test_inf_and_nan_stay_near_and_in_their_image_and_channel(case):
     assert wrong[should.isfinite().logical_not()].all()
     assert not wrong[[0, *range(2, case.n)]].any()
     assert not wrong[:, [0, 1, 3, *range(5, case.c)]].any()
-    p = CONFIG.pick_forward(case.kh, case.kw, case.h, case.w, 0).patches
+    p = CONFIG.pick_forward(case.kh, case.kw, 0).patches
     rows, columns = wrong[1, 2].any(1).nonzero(), wrong[1, 2].any(0).nonzero()
     reach_h, reach_w = p.R * p.groups - case.kh + p.R, 2 * p.pairs * p.T - case.kw
     assert rows.min() >= h - case.ph - reach_h
@@ -220,24 +232,53 @@ def test_inf_and_nan_stay_near_and_in_their_image_and_channel(case):
 # What a version of Triton does not compile
 
 
-def test_what_triton_does_not_compile_runs_on_fmas_from_then_on(monkeypatch):
-    def refuse(*args, **settings):
-        monkeypatch.setattr(LAUNCH.tensor, "_refusal", "Triton 0 does not compile it")
-        raise LAUNCH.tensor.Refused("Triton 0 does not compile it")
+@pytest.fixture
+def refusing(monkeypatch):
+    """As on a GPU, but nothing is launched: Triton compiles no kernel."""
 
-    monkeypatch.setattr(LAUNCH.tensor, "convolve", refuse)
-    monkeypatch.setattr(LAUNCH.tensor, "_refusal", None)
-    x, w = torch.ones(16, 8, 2, 3, dtype=torch.bfloat16), torch.ones(8, 1, 7, 7, dtype=torch.bfloat16)
-    with dk.backend("triton"):
-        with pytest.warns(UserWarning, match="Triton 0 does not compile it; kernels on FMAs take its place"):
-            y = dk.depthwise_conv2d(x, w, padding=3)
-        assert torch.equal(y, torch.nn.functional.conv2d(x, w, padding=3, groups=8))
-        assert torch.equal(dk.depthwise_conv2d(x, w, padding=3), y)  # without a warning
-        x, w = torch.ones(1, 8, 21, 21, dtype=torch.bfloat16), torch.ones(8, 1, 21, 21, dtype=torch.bfloat16)
-        assert dk.supports(dk.depthwise_conv2d, x, w, padding=10) == (False, "Triton 0 does not compile it")
-        monkeypatch.setattr(LAUNCH.tensor, "_refusal", None)
-        with pytest.raises(RuntimeError, match=r'does not compile it; backend\("torch"\) computes'):
-            dk.depthwise_conv2d(x, w, padding=10)
+    class Kernel:
+        def __init__(self, name):
+            self.fn = types.SimpleNamespace(__name__=name)
+
+        def __getitem__(self, grid):
+            def refuse(*args, **settings):
+                raise RuntimeError("a pass\nPassManager::run failed")
+
+            return refuse
+
+    monkeypatch.setattr(LAUNCH.tensor.runtime, "INTERPRETER", False)
+    monkeypatch.setattr(LAUNCH.tensor, "_refusals", {})
+    for name in (LAUNCH.tensor._LARGE, LAUNCH.tensor._STREAM, LAUNCH.tensor._GRADIENT):
+        monkeypatch.setattr(LAUNCH.tensor.kernels_gluon, name, Kernel(name))
+
+
+@pytest.mark.parametrize("case", [
+    KernelCase("bf16", 2, 8, 3, 4, 7, 7, 3, 3), KernelCase("fp16", 2, 8, 9, 8, 19, 21, 9, 10),
+], ids=["others", "none but PyTorch's"])  # fmt: skip
+def test_what_triton_does_not_compile_is_computed_otherwise(case, refusing):
+    inputs, dy = proofs.operands(case, testing.integers)
+    x, w, b = inputs
+    geometry = ((1, 1), (case.ph, case.pw), (1, 1))
+    with pytest.warns(UserWarning, match="does not compile _depthwise_fwd_.*: PassManager::run failed; other kernels"):
+        y = LAUNCH.depthwise_forward(x, w, b, *geometry)
+    with pytest.warns(UserWarning, match="does not compile _depthwise_bwd_weight"):
+        gradients = LAUNCH.depthwise_backward(dy, x, w, b, *geometry, (True, True, True))
+    for actual, expected in zip((y, *gradients), proofs.exactly(case, inputs, dy), strict=True):
+        testing.assert_exact(actual, expected)
+    residual = testing.integers(x.shape)
+    dx = torch.empty_like(residual)
+    LAUNCH.depthwise_input_gradient(dy, w, (case.ph, case.pw), dx, residual)  # without a warning
+    testing.assert_exact(dx, proofs.exactly(case, inputs, dy)[1] + residual)
+
+
+def test_what_triton_does_not_compile_is_said_of_the_kernels_that_it_is_of(monkeypatch):
+    monkeypatch.setitem(LAUNCH.tensor._refusals, LAUNCH.tensor._LARGE, "Triton 0 does not compile it")
+    x = torch.zeros(1, 8, 20, 20, dtype=torch.bfloat16)
+    w = torch.zeros(8, 1, 51, 51, dtype=torch.bfloat16)
+    assert dk.supports(dk.depthwise_conv2d, x, w[:, :, :21, :21], padding=10) == (False, "Triton 0 does not compile it")
+    for kernel in ((51, 5), (7, 7)):
+        weight = w[:, :, : kernel[0], : kernel[1]]
+        assert dk.supports(dk.depthwise_conv2d, x, weight, padding=tuple(k // 2 for k in kernel)) == (True, "")
 
 
 def test_a_gpus_errors_are_not_taken_for_a_compilers():
