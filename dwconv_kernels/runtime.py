@@ -101,9 +101,13 @@ class strict:
       over zeros, beside a row of large values, is not exact to its own last bit. The same holds for taps of the
       weight's gradient where even and odd rows differ by orders of magnitude.
 
-    Strict kernels take one row at a time, as they always do in fp32, and need more instructions
-    (``python -m benchmarks.machine_code`` says how many). This holds in the whole process, all threads of it, for
-    forward and backward passes that run inside. Other backends do not change.
+    Kernels on tensor cores multiply with zeros, too: an Inf or NaN becomes NaN a few rows and columns beyond its window
+    (depthwise/README.md says how many).
+
+    Strict kernels take one row at a time, as they always do in fp32, use no tensor cores, and need more instructions
+    (``python -m benchmarks.machine_code`` says how many). For kernels larger than they go, PyTorch's operators run. This
+    holds in the whole process, all threads of it, for forward and backward passes that run inside, but for backward
+    passes of such large kernels whose forward pass ran outside. Other backends do not change.
 
     What is said of Inf and NaN is about x and dy, in y and dx. In a weight's gradient, a channel with an Inf or NaN in
     its map may get NaN for all of its taps, strict or not, and an Inf in the weight meets zeros beside the map: what
