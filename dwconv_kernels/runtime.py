@@ -105,9 +105,9 @@ class strict:
     (depthwise/README.md says how many).
 
     Strict kernels take one row at a time, as they always do in fp32, use no tensor cores, and need more instructions
-    (``python -m benchmarks.machine_code`` says how many). For kernels larger than they go, PyTorch's operators run. This
-    holds in the whole process, all threads of it, for forward and backward passes that run inside, but for backward
-    passes of such large kernels whose forward pass ran outside. Other backends do not change.
+    (``python -m benchmarks.machine_code`` says how many). Beyond their sizes PyTorch's operators run. This holds in the
+    whole process, all threads of it, for forward and backward passes that run inside, but for backward passes of such
+    sizes whose forward pass ran outside. Other backends do not change.
 
     What is said of Inf and NaN is about x and dy, in y and dx. In a weight's gradient, a channel with an Inf or NaN in
     its map may get NaN for all of its taps, strict or not, and an Inf in the weight meets zeros beside the map: what

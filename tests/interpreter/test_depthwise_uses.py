@@ -138,8 +138,8 @@ def test_what_is_not_taken_is_said():
         ({"padding": 3}, r"padding is \(3, 3\); .* here \(2, 2\)"),
         ({"x": x.double(), "weight": w.double()}, "x is float64; the kernels take bfloat16, float16 and float32"),
         ({"weight": w[:, :, :2]}, "the kernel is 2×3; the kernels take odd sizes"),
-        ({"weight": torch.ones(3, 1, 19, 3), "padding": (9, 1)}, "the kernel is 19×3; kernels on FMAs go up to 17×17"),
-        ({"weight": torch.ones(3, 1, 1, 53), "padding": (0, 26)}, "the kernel is 1×53; .* 1×51 and 51×1"),
+        ({"weight": torch.ones(3, 1, 19, 3), "padding": (9, 1)}, "the kernel is 19×3, and beyond 17×17"),
+        ({"weight": torch.ones(3, 1, 1, 53), "padding": (0, 26)}, "the kernel is 1×53; the kernels go up to 51×51"),
         ({"weight": w[:, :, :2, :2], "padding": "same"}, "padded unevenly"),
     ):
         arguments = {"x": x, "weight": w, **arguments}
