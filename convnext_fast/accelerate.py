@@ -292,7 +292,7 @@ def _describe(module: nn.Module) -> str:
 def _why_never(module: nn.Module) -> str | None:
     """Why no module of this class, or not this one of them, can be given another forward."""
     if isinstance(module, (Block, dk.DepthwiseConv2d)):
-        return "it is convnext_fast's own, and runs on the kernels as it is"
+        return "it is convnext_fast's own, and takes the kernels where there are any"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if isinstance(module, torch.fx.GraphModule):

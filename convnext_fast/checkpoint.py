@@ -27,6 +27,7 @@ from .dialects import (
     clean_name,
     dialect_shape,
     entries,
+    find_all,
     locate,
     parent_of,
     read_network,
@@ -35,7 +36,7 @@ from .dialects import (
     what_is_missing,
 )
 from .load_report import LoadReport, hint, is_head
-from .other_names import NamedNetwork, read_names
+from .other_names import NamedNetwork, outside_pairs, read_names
 
 __all__ = [
     "CheckpointError", "LoadReport", "check_values", "convert_state_dict", "detect_dialect", "load_checkpoint",
@@ -97,7 +98,7 @@ def convert_state_dict(
         raise ValueError(f"to is {to!r}, and like is a network of the dialect {dialect!r}; they must be the same")
     converted, report = _fit(flat, target)
     if not report.fits:
-        raise CheckpointError(f"the state_dict does not fit like. {report}", hint(report))
+        raise CheckpointError(f"the state_dict does not fit like. {report}", hint(report, flat))
     return converted
 
 
@@ -111,6 +112,12 @@ def own_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     named = read_names(flat)
     if named is None:
         return _convert_to_published(flat, "facebook")
+    others = [prefix for _, prefix in find_all({clean_name(key) for key in flat})]
+    if others:
+        raise CheckpointError(
+            f"there are a {named.vocabulary.network} and a ConvNeXt, under the prefixes "
+            f"{', '.join(map(repr, (named.prefix, *others)))}; pass only one of them"
+        )
     return {name: flat[key] for name, key in named.keys.items()}
 
 
@@ -129,7 +136,7 @@ def load_checkpoint(
     Names and shapes are translated to the model's, and everything is checked before anything is changed. It is no error
     if the model ends before the checkpoint does. Left out, and listed under ``dropped`` in the report, are: the head,
     where the model has none (``num_classes=0``); norms and last stages that the model does not have, where it has no
-    head either (``features_only``); and what lies beside the network in the file.
+    head either (``features_only``); and what lies beside the network in the file and is nowhere in the model.
 
     Args:
         model: where to load; it stays as it was if this fails.
@@ -140,7 +147,8 @@ def load_checkpoint(
     Raises:
         TypeError, FileNotFoundError, IsADirectoryError, ImportError: see :func:`read_checkpoint`.
         CheckpointError: a ValueError; the file cannot be read, or does not fit (with a table of names and shapes), or
-            holds NaN, infinity, integers, or values beyond the largest of the model's dtype.
+            holds NaN, infinity, integers, or values beyond the largest of the model's dtype; or the file or the model
+            has two networks.
         ValueError: the model's parameters have no memory (``device="meta"``).
     """
     if isinstance(checkpoint, Mapping):
@@ -161,7 +169,7 @@ def load_checkpoint(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error.message}", error.advice) from None
     if strict and not report.fits:
-        advice = f"{hint(report)}\nstrict=False loads what fits."
+        advice = f"{hint(report, flat)}\nstrict=False loads what fits."
         raise CheckpointError(f"{source} does not fit {type(model).__name__}. {report}", advice)
     model.load_state_dict(converted, strict=False)
     return report
@@ -208,11 +216,14 @@ def _check_range(converted: Mapping[str, Tensor], target: Mapping[str, Tensor]) 
 
 def _fit(flat: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
     """What of ``flat`` fits ``target``, under its names, in its order and shapes, and a report of what does not."""
+    same_shapes = {key: t.shape for key, t in flat.items()} == {key: t.shape for key, t in target.items()}
     named = read_names(target)
     if named is not None:
+        if same_shapes:
+            return {key: flat[key] for key in target}, LoadReport(named.vocabulary.dialect)
         return _fit_by_name(flat, target, named)
     source, goal = read_network(flat), read_network(target)
-    if {key: t.shape for key, t in flat.items()} == {key: t.shape for key, t in target.items()}:
+    if same_shapes:
         return {key: flat[key] for key in target}, LoadReport(source.layout.dialect)
     _warn_if_norm_moves(source, goal.layout)
     found, mismatched, dropped, unexpected = {}, [], list(source.outside), []
@@ -263,24 +274,23 @@ def _fit_by_name(
     if source is None or source.vocabulary.network != network:
         what = f"a {source.vocabulary.network}" if source else f"no {network}; its first names: {some(flat, 5)}"
         raise CheckpointError(f"the model is a {network}, and this is of {what}")
-    ours, theirs = goal.keys, source.keys
-    shared = [name for name in ours if name in theirs]
-    others = [name for name in theirs if name not in ours]
-    fits = [name for name in shared if target[ours[name]].shape == flat[theirs[name]].shape]
-    no_head = "head.weight" not in ours
+    inside = {key: source.keys[name] for name, key in goal.keys.items() if name in source.keys}
+    beside = outside_pairs(goal, source)
+    pairs = {**inside, **beside}  # the model's names -> the checkpoint's
+    others = {name: key for name, key in source.keys.items() if name not in goal.keys}
+    heads = [key for name, key in others.items() if "head.weight" not in goal.keys and is_head(name)]
+    fits = {key for key, theirs in pairs.items() if target[key].shape == flat[theirs].shape}
     report = LoadReport(
         source.vocabulary.dialect,
-        missing=tuple((key, tuple(target[key].shape)) for name, key in ours.items() if name not in theirs),
-        unexpected=tuple(
-            (theirs[name], tuple(flat[theirs[name]].shape)) for name in others if not (no_head and is_head(name))
-        ),
+        missing=tuple((key, tuple(t.shape)) for key, t in target.items() if key not in pairs),
+        unexpected=tuple((key, tuple(flat[key].shape)) for key in others.values() if key not in heads),
         mismatched=tuple(
-            (ours[name], tuple(target[ours[name]].shape), tuple(flat[theirs[name]].shape))
-            for name in shared if name not in fits
+            (key, tuple(target[key].shape), tuple(flat[theirs].shape))
+            for key, theirs in pairs.items() if key not in fits
         ),
-        dropped=(*source.outside, *(theirs[name] for name in others if no_head and is_head(name))),
+        dropped=(*(key for key in source.outside.values() if key not in beside.values()), *heads),
     )  # fmt: skip
-    return {ours[name]: flat[theirs[name]] for name in fits}, report
+    return {key: flat[pairs[key]] for key in target if key in fits}, report
 
 
 def _within(network: Network, key: str) -> str:

@@ -143,8 +143,9 @@ def _add_train_arguments(train: argparse.ArgumentParser) -> None:
 
     network.add_argument("--model", default="convnext_tiny", metavar="NAME", help=", ".join(list_models()))
     network.add_argument(
-        "--model-kwargs", nargs="+", metavar="NAME=VALUE", help="further arguments of the network, e.g. kernel_size=9"
-    )
+        "--model-kwargs", nargs="+", action="extend", metavar="NAME=VALUE",
+        help="further arguments of the network, e.g. kernel_size=9",
+    )  # fmt: skip
     network.add_argument("--drop-path", type=float, default=0.1)
     network.add_argument("--pretrained", action="store_true", help="start from the published weights (downloads)")
     network.add_argument("--init-from", metavar="CHECKPOINT", help="start from these weights, of any dialect")
@@ -178,6 +179,8 @@ def _keywords(texts: list[str] | None) -> dict | None:
     keywords = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name in keywords:
+            raise ValueError(f"--model-kwargs: {name} is given twice; once is allowed")
         try:
             keywords[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

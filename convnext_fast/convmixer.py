@@ -29,7 +29,7 @@ class Residual(nn.Module):
 class ConvMixer(ImageClassifier):
     """Patches, then ``depth`` times a residual depthwise convolution over space and a 1×1 convolution over channels.
 
-    Equal to timm's ConvMixer, initial weights and their seeds included. Checkpoints of the original repository
+    Forward and state_dict are equal to those of timm's ConvMixer. Checkpoints of the original repository
     (locuslab/convmixer), whose keys begin with numbers, are read too.
 
     Args:

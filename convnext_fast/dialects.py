@@ -10,7 +10,7 @@ models :mod:`convnext_fast.checkpoint`'s.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -172,14 +172,7 @@ def locate(keys: Iterable[str]) -> tuple[Layout, str]:
         CheckpointError: there is none, or more than one.
     """
     keys = {clean_name(key) for key in keys}
-    found = []
-    for layout in LAYOUTS:
-        stem = f"{layout.stem_conv}.weight"
-        dwconv = f"{layout.block}.{layout.dwconv}.weight".format(i=0, j=0, odd=1)
-        for key in keys:
-            prefix = key.removesuffix(stem)
-            if key.endswith(stem) and (not prefix or prefix.endswith(".")) and prefix + dwconv in keys:
-                found.append((layout, prefix))
+    found = find_all(keys)
     if not found:
         first = ", ".join(sorted(keys)[:5]) or "none at all"
         raise CheckpointError(
@@ -191,6 +184,21 @@ def locate(keys: Iterable[str]) -> tuple[Layout, str]:
         raise CheckpointError(f"there are {len(found)} ConvNeXts, under the prefixes {prefixes}; pass only one of them")
     layout, prefix = found[0]
     return _refine(layout, prefix, keys), prefix
+
+
+def find_all(keys: Collection[str]) -> list[tuple[Layout, str]]:
+    """Dialect and prefix of every ConvNeXt among cleaned ``keys``."""
+    found = []
+    for layout in LAYOUTS:
+        dwconv = f"{layout.block}.{layout.dwconv}.weight".format(i=0, j=0, odd=1)
+        found += [(layout, prefix) for prefix in find_prefixes(keys, f"{layout.stem_conv}.weight", dwconv)]
+    return found
+
+
+def find_prefixes(keys: Collection[str], first: str, second: str) -> list[str]:
+    """The prefixes under which ``keys`` have both of these names."""
+    prefixes = [key.removesuffix(first) for key in keys if key == first or key.endswith("." + first)]
+    return [prefix for prefix in prefixes if prefix + second in keys]
 
 
 def _refine(layout: Layout, prefix: str, keys: set[str]) -> Layout:

@@ -27,6 +27,7 @@ from .model import (
     check_ratio,
     check_sizes,
     drop_path_rates,
+    scaled,
 )
 
 
@@ -70,7 +71,7 @@ class SpatialBlock(nn.Module):
         super().__init__()
         self.attn2conv = DWBlock(dim, window_size, **made)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, **made)
+        self.mlp = Mlp(dim, scaled("mlp_ratio", dim, mlp_ratio), drop, **made)
         self.bn = nn.BatchNorm2d(dim, **made)
 
     def forward(self, x: Tensor) -> Tensor:

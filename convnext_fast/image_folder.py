@@ -21,6 +21,16 @@ from .run_folder import RunFolder
 from .train import Options, Task, Trainer
 from .zoo import create_model, network_arguments
 
+# Arguments of networks that are no matter of choice here, or of another option.
+_NOT_FOR_TRAINING = {
+    **dict.fromkeys(("features_only", "out_indices"), "training needs the head of a classifier"),
+    **dict.fromkeys(("in_chans", "in_channels"), "images are read as RGB"),
+    "num_classes": "there is a class per folder of images",
+    "drop_path_rate": "the option for it is drop_path, --drop-path",
+    "device": "the option for it is --device",
+    "dtype": "the option for half precision is --amp",
+}
+
 
 @dataclass(frozen=True)
 class FolderOptions:
@@ -54,10 +64,11 @@ class FolderOptions:
             raise ValueError(f"randaugment is {self.randaugment} and augment False; one of them is allowed")
         if self.pretrained and self.init_from:
             raise ValueError("pretrained and init_from are both given; one of them is allowed")
-        taken = network_arguments(self.model) - {"num_classes", "drop_path_rate", "device", "dtype"}
+        taken = network_arguments(self.model) - _NOT_FOR_TRAINING.keys()
         if unknown := [name for name in self.model_kwargs or {} if name not in taken]:
+            names = (f"{name} ({_NOT_FOR_TRAINING[name]})" if name in _NOT_FOR_TRAINING else name for name in unknown)
             raise ValueError(
-                f"model_kwargs has {', '.join(unknown)}; of {self.model} are allowed: {', '.join(sorted(taken))}"
+                f"model_kwargs has {', '.join(names)}; of {self.model} are allowed: {', '.join(sorted(taken))}"
             )
 
 

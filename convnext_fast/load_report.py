@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from .checkpoint_files import some
 
 _ROWS = 20  # of the table in a report
+
+# Depthwise convolutions of blocks in every dialect, and RepLKNet's small ones. Their shapes alone do not tell them from
+# stems for grey images.
+_DEPTHWISE = re.compile(
+    r"(dwconv|conv_dw|depthwise_conv|\.block\.0|\.fn\.0|attn2conv\.conv|lkb_origin\.conv|lkb_reparam)\.weight$"
+)
+_SMALL = re.compile(r"small_conv\.conv\.weight$")
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def hint(report: LoadReport) -> str:
-    """What to build instead, one line each."""
+def hint(report: LoadReport, checkpoint: Mapping[str, Tensor]) -> str:
+    """What to build instead, one line each; ``report`` is of ``checkpoint``."""
     hints = []
     heads = [theirs for name, _, theirs in report.mismatched if is_head(name)]
     if heads:
@@ -63,24 +73,20 @@ def hint(report: LoadReport) -> str:
     for rows, value in ((report.unexpected, "1e-6"), (report.missing, "0")):
         if any(gamma.search(name) and ".grn." not in name for name, *_ in rows):
             hints.append(f"Layer scale is only on one side: build the model with layer_scale_init_value={value}.")
-    widths = {theirs[2] for name, ours, theirs in report.mismatched if _is_depthwise(name, ours, theirs)}
-    if widths:
-        text = "The checkpoint's depthwise kernels are " + ", ".join(f"{width}×{width}" for width in sorted(widths))
-        argument = {"DWNet": "window_size", "RepLKNet": "large_kernel_sizes"}.get(report.dialect, "kernel_size")
-        same = len(widths) == 1 and argument != "large_kernel_sizes"
-        value = f"={min(widths)}" if same else ""
-        hints.append(f"{text}, the model's are others: see its argument {argument}{value}.")
+    kernels = {name: t.shape for name, t in checkpoint.items() if t.ndim == 4 and name not in report.dropped}
+    large = {"DWNet": "window_size", "RepLKNet": "large_kernel_sizes"}.get(report.dialect, "kernel_size")
+    for pattern, what, argument in ((_DEPTHWISE, "depthwise", large), (_SMALL, "small", "small_kernel")):
+        if any(pattern.search(name) and ours[:2] == theirs[:2] for name, ours, theirs in report.mismatched):
+            # All of them: where only some differ from the model's, no single size is right.
+            widths = sorted({shape[2] for name, shape in kernels.items() if pattern.search(name)})
+            text = f"The checkpoint's {what} kernels are " + ", ".join(f"{width}×{width}" for width in widths)
+            value = f"={widths[0]}" if len(widths) == 1 and argument != "large_kernel_sizes" else ""
+            hints.append(f"{text}, the model's are others: see its argument {argument}{value}.")
     merged = re.compile(r"\.lkb_reparam\.")
     for rows, value in ((report.unexpected, True), (report.missing, False)):
         if any(merged.search(name) for name, *_ in rows):
             hints.append(f"Small kernels are merged on one side: build the model with small_kernel_merged={value}.")
     return "".join(f"\n{hint}" for hint in hints)
-
-
-def _is_depthwise(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Do two shapes (C, 1, K, K) differ in K alone? Stems for grey images look the same."""
-    square = len(theirs) == 4 and theirs[2] == theirs[3] != ours[-1]
-    return square and ours[:2] == theirs[:2] == (theirs[0], 1) and re.search("stem|embed|downsample", name) is None
 
 
 def is_head(name: str) -> bool:

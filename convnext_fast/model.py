@@ -327,7 +327,7 @@ def check_sizes(in_chans: int, num_classes: int, patch_size: int) -> None:
 
 
 def check_integer(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or value < lowest:
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{name} is {value!r}; an integer of at least {lowest} is allowed")
 
 
@@ -341,8 +341,23 @@ def check_ratio(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}; a positive number is allowed")
 
 
+def scaled(name: str, channels: int, ratio: float) -> int:
+    """``channels`` times the ratio ``name``, rounded down.
+
+    Raises:
+        ValueError: nothing is left of them.
+    """
+    width = int(channels * ratio)
+    if width == 0:
+        raise ValueError(
+            f"{name} is {ratio}, so that no channel of {channels} is left; 1/{channels} or more is allowed"
+        )
+    return width
+
+
 def check_depths(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(numbers, Sequence) or not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+    integers = isinstance(numbers, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    if not integers or not numbers or min(numbers) < 1:
         raise ValueError(f"{name} is {numbers!r}; one positive number per stage is allowed")
     return tuple(numbers)
 

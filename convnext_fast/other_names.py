@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .dialects import clean_name
+from .dialects import CheckpointError, clean_name, find_prefixes
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,22 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class NamedNetwork:
-    """A state_dict that was understood: ``keys`` maps this package's names to those in it, ``outside`` lies beside."""
+    """A state_dict that was understood: ``keys`` maps this package's names to those in it.
+
+    ``outside`` maps the names of what lies beside the network, free of what wrappers put into them, to those in it.
+    """
 
     vocabulary: Vocabulary
+    prefix: str
     keys: dict[str, str]
-    outside: tuple[str, ...]
+    outside: dict[str, str]
 
 
 def _numbers_to_names(names: list[str]) -> list[str]:
     """Of ConvMixer's original: 0 and 2 are the stem, then come the blocks, pooling and flattening, and the head."""
-    last = max(int(name.split(".")[0]) for name in names if re.match(r"\d+\.", name))
+    numbered = [name.partition(".")[::2] for name in names if re.match(r"\d+\.", name)]
+    last = max(int(number) for number, _ in numbered)
+    has_head = {rest for number, rest in numbered if int(number) == last} <= {"weight", "bias"}
     renamed = []
     for name in names:
         number, _, rest = name.partition(".")
@@ -45,7 +51,7 @@ def _numbers_to_names(names: list[str]) -> list[str]:
         elif int(number) < 3:
             renamed.append(f"stem.{name}")
         else:
-            renamed.append(f"head.{rest}" if int(number) == last else f"blocks.{int(number) - 3}.{rest}")
+            renamed.append(f"head.{rest}" if has_head and int(number) == last else f"blocks.{int(number) - 3}.{rest}")
     return renamed
 
 
@@ -58,17 +64,38 @@ VOCABULARIES = (
 
 
 def read_names(state_dict: Mapping[str, Tensor]) -> NamedNetwork | None:
-    """Which of these networks a flat state_dict is of, with whatever prefix; None where it is of none."""
+    """Which of these networks a flat state_dict is of, with whatever prefix; None where it is of none.
+
+    Raises:
+        CheckpointError: there is more than one.
+    """
     originals = {clean_name(key): key for key in state_dict}
-    for vocabulary in VOCABULARIES:
-        first, second = vocabulary.marks
-        for name in originals:
-            prefix = name.removesuffix(first)
-            if not name.endswith(first) or (prefix and not prefix.endswith(".")) or prefix + second not in originals:
-                continue
-            inside = [name for name in originals if name.startswith(prefix)]
-            renamed = vocabulary.rename([name.removeprefix(prefix) for name in inside])
-            keys = {ours: originals[name] for ours, name in zip(renamed, inside, strict=True)}
-            outside = tuple(key for name, key in originals.items() if not name.startswith(prefix))
-            return NamedNetwork(vocabulary, keys, outside)
-    return None
+    found = [
+        (vocabulary, prefix) for vocabulary in VOCABULARIES for prefix in find_prefixes(originals, *vocabulary.marks)
+    ]
+    if not found:
+        return None
+    if len(found) > 1:
+        kinds = " and ".join(dict.fromkeys(f"{vocabulary.network}s" for vocabulary, _ in found))
+        prefixes = ", ".join(repr(prefix) for prefix in sorted(prefix for _, prefix in found))
+        raise CheckpointError(f"there are {len(found)} {kinds}, under the prefixes {prefixes}; pass only one of them")
+    vocabulary, prefix = found[0]
+    inside = [name for name in originals if name.startswith(prefix)]
+    renamed = vocabulary.rename([name.removeprefix(prefix) for name in inside])
+    keys = {ours: originals[name] for ours, name in zip(renamed, inside, strict=True)}
+    outside = {name: key for name, key in originals.items() if not name.startswith(prefix)}
+    return NamedNetwork(vocabulary, prefix, keys, outside)
+
+
+def outside_pairs(goal: NamedNetwork, source: NamedNetwork) -> dict[str, str]:
+    """Of what lies beside two networks, the names of the same: in ``goal`` -> in ``source``.
+
+    What only one of them is wrapped in (``module.``) is no part of the names.
+    """
+    ours, theirs = goal.prefix.split("."), source.prefix.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop(), theirs.pop()
+    wraps = ["".join(f"{part}." for part in parts) for parts in (ours, theirs)]
+    named = {name.removeprefix(wraps[1]): key for name, key in source.outside.items()}
+    pairs = {key: named.get(name.removeprefix(wraps[0])) for name, key in goal.outside.items()}
+    return {key: other for key, other in pairs.items() if other is not None}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import dwconv_kernels as dk
 
 from .block import DropPath, check_odd
-from .model import ImageClassifier, check_depths, check_integer, check_ratio, drop_path_rates
+from .model import ImageClassifier, check_depths, check_integer, check_ratio, drop_path_rates, scaled
 
 
 def conv_bn(
@@ -69,7 +69,8 @@ class ReparamLargeKernelConv(nn.Module):
     def merge_kernel(self) -> None:
         """One convolution ``lkb_reparam`` instead of two and their batch norms, by the norms' running statistics.
 
-        Nothing happens where it is merged already.
+        Nothing happens where it is merged already, and nothing has where this fails. What is merged is trained if the
+        large kernel was.
         """
         if "lkb_reparam" in self._modules:
             return
@@ -79,23 +80,30 @@ class ReparamLargeKernelConv(nn.Module):
             small_weight, small_bias = _without_norm(self.small_conv)
             rim = (weight.shape[-1] - small_weight.shape[-1]) // 2
             weight, bias = weight + F.pad(small_weight, [rim] * 4), bias + small_bias
-            del self.small_conv
         merged = dk.DepthwiseConv2d(
             large.in_channels, large.out_channels, large.kernel_size, padding=large.padding,
             device=large.weight.device, dtype=large.weight.dtype,
         )  # fmt: skip
         merged.weight.copy_(weight)
         merged.bias.copy_(bias)
+        merged.requires_grad_(any(parameter.requires_grad for parameter in large.parameters()))
         del self.lkb_origin
+        if "small_conv" in self._modules:
+            del self.small_conv
         self.lkb_reparam = merged.train(self.training)
+
+
+def _where_float64_is(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _without_norm(branch: nn.Sequential) -> tuple[Tensor, Tensor]:
     """Weight (C, 1, K, K) and bias (C,) of a convolution that does what ``branch`` does in eval mode, in float64."""
-    norm = branch.bn
-    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    weight = branch.conv.weight.double() * factor.view(-1, 1, 1, 1)
-    return weight, norm.bias.double() - norm.running_mean.double() * factor
+    norm, device = branch.bn, _where_float64_is(branch.conv.weight.device)
+    tensors = branch.conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, gamma, beta, mean, variance = (tensor.to(device).double() for tensor in tensors)  # in this order for MPS
+    factor = gamma / (variance + norm.eps).sqrt()
+    return weight * factor.view(-1, 1, 1, 1), beta - mean * factor
 
 
 class RepLKBlock(nn.Module):
@@ -215,8 +223,9 @@ class RepLKNet(ImageClassifier):
         for i, (size, depth, dim) in enumerate(zip(sizes, layers, channels, strict=True)):
             blocks = []
             for rate in (next(rates) for _ in range(depth)):
-                depthwise = RepLKBlock(dim, int(dim * dw_ratio), size, small_kernel, rate, small_kernel_merged, **made)
-                blocks += [depthwise, ConvFFN(dim, int(dim * ffn_ratio), rate, **made)]
+                width = scaled("dw_ratio", dim, dw_ratio)
+                depthwise = RepLKBlock(dim, width, size, small_kernel, rate, small_kernel_merged, **made)
+                blocks += [depthwise, ConvFFN(dim, scaled("ffn_ratio", dim, ffn_ratio), rate, **made)]
             self.stages.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks))))
             if i < len(layers) - 1:
                 next_dim = channels[i + 1]

@@ -151,8 +151,8 @@ def pick_forward(kh: int, kw: int, arch: int, vectors: bool = True, residual: bo
         both = vectors and 4 * p.products + 8 * p.groups + 16 * p.pairs <= _MOST_TAPS + 20
         pixels = 2 if vectors and not (residual and p.pairs > 3) else 1
         return Stream(p, 2 if both else 1, pixels, reason="taps fit into registers")
-    # Of kernels that are cut to maps of 14 and less, four patch rows are all there are.
-    rows, fits = 4 if max(kh, kw) <= max(CUTS) else 7, shared_kb(arch) >= 163
+    # What larger kernels are cut to for maps of 14 and less: four patch rows are all there are.
+    rows, fits = 4 if max(kh, kw) == max(CUTS) else 7, shared_kb(arch) >= 163
     return Large(patches(kh, kw, 4), rows, 4, 8 if fits else 4, "taps do not fit into registers")
 
 

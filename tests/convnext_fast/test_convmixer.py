@@ -93,6 +93,10 @@ def test_checkpoints_of_the_original_repository():
         assert_all_close([model(x)], [peer(x)])
     headless = ConvMixer(**{**SMALL, "num_classes": 0})
     assert load_checkpoint(headless, peer.state_dict()).dropped == ("8.weight", "8.bias")
+    without = {key: t for key, t in peer.state_dict().items() if not key.startswith("8.")}  # the last number: a block
+    assert load_checkpoint(headless, without).dropped == ()
+    with pytest.raises(CheckpointError, match=r"missing +head\.weight"):
+        load_checkpoint(model, without)
 
 
 def test_a_checkpoint_that_does_not_fit_says_what_to_build():
@@ -111,7 +115,7 @@ def test_a_checkpoint_that_does_not_fit_says_what_to_build():
 
 @pytest.mark.parametrize("name, value", [
     ("dim", 0), ("depth", 0), ("kernel_size", 8), ("kernel_size", "9"), ("patch_size", 0), ("global_pool", "avgmax"),
-    ("drop_rate", 1.0), ("drop_path_rate", -0.1), ("in_chans", 0), ("num_classes", -1),
+    ("drop_rate", 1.0), ("drop_path_rate", -0.1), ("in_chans", 0), ("num_classes", -1), ("depth", True),
 ])  # fmt: skip
 def test_bad_arguments_are_named(name, value):
     with pytest.raises(ValueError, match=rf"{name} is '?{value}'?; .* allowed"):

@@ -138,7 +138,8 @@ def test_checkpoints_and_what_does_not_fit():
 
 @pytest.mark.parametrize("name, value", [
     ("embed_dim", 0), ("depths", ()), ("depths", 3), ("window_size", 6), ("mlp_ratio", 0), ("drop_rate", -1.0),
-    ("drop_path_rate", 1), ("patch_size", 0), ("in_chans", 0), ("num_classes", -1),
+    ("drop_path_rate", 1), ("patch_size", 0), ("in_chans", 0), ("num_classes", -1), ("mlp_ratio", 0.01),
+    ("depths", (1, True)), ("depths", (1, "2")), ("embed_dim", True),
 ])  # fmt: skip
 def test_bad_arguments_are_named(name, value):
     with pytest.raises(ValueError, match=rf"{name} is .*; .* allowed"):

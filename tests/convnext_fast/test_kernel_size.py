@@ -74,9 +74,18 @@ def test_sizes_that_differ_between_stages_are_listed():
     network = pytest.importorskip("timm.models.convnext").ConvNeXt
     sizes = (7, 11, 13, 9)
     peer = network(depths=SMALL["depths"], dims=SMALL["dims"], num_classes=5, kernel_sizes=sizes)
-    with pytest.raises(CheckpointError, match=r"kernels are 9×9, 11×11, 13×13, .* argument kernel_size\."):
+    with pytest.raises(CheckpointError, match=r"kernels are 7×7, 9×9, 11×11, 13×13, .* argument kernel_size\."):
         load_checkpoint(ConvNeXt(**SMALL), peer.state_dict())
     assert convert_state_dict(peer.state_dict(), to="facebook")["stages.2.0.dwconv.weight"].shape == (16, 1, 13, 13)
+
+
+def test_a_size_that_is_right_for_some_stages_is_not_advised():
+    network = pytest.importorskip("timm.models.convnext").ConvNeXt
+    peer = network(depths=SMALL["depths"], dims=SMALL["dims"], num_classes=5, kernel_sizes=(9, 9, 7, 7))
+    state = {f"backbone.{name}": tensor for name, tensor in peer.state_dict().items()}
+    for target in (ConvNeXt(**SMALL), ConvNeXt(**SMALL, kernel_size=9)):
+        with pytest.raises(CheckpointError, match=r"kernels are 7×7, 9×9, .* argument kernel_size\."):
+            load_checkpoint(target, {**state, "neck.conv_dw.weight": torch.zeros(4, 1, 3, 3)})
 
 
 def test_accelerate_says_what_runs():
@@ -85,5 +94,5 @@ def test_accelerate_says_what_runs():
     before = model(x)
     report = convnext_fast.accelerate(model)
     assert not report.swapped
-    assert {reason for _, reason in report.skipped if "runs on the kernels as it is" not in reason} == set()
+    assert {reason for _, reason in report.skipped if "takes the kernels where there are any" not in reason} == set()
     assert torch.equal(model(x), before)

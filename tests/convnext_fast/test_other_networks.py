@@ -10,6 +10,8 @@ from torch import nn
 import convnext_fast
 import dwconv_kernels as dk
 from convnext_fast import cli
+from convnext_fast.checkpoint import own_names
+from convnext_fast.image_folder import FolderOptions
 from convnext_fast.run_folder import read_run_checkpoint
 
 from .small_models import OTHERS, assert_all_close, each_other, gradients, randomised, with_statistics
@@ -131,6 +133,47 @@ def test_checkpoints_there_and_back(build, tmp_path):
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(convnext_fast.CheckpointError, match="these are not the parameters of a ConvNeXt"):
         convnext_fast.convert_state_dict(model.state_dict(), to="timm")
+
+
+class Detector(nn.Module):
+    def __init__(self, build):
+        super().__init__()
+        self.backbone, self.neck = build(), nn.Linear(4, 4)
+
+
+@each_other
+def test_what_lies_beside_the_network_in_the_model_is_loaded_or_missing(build):
+    trained = Detector(build)
+    state = with_statistics(trained).state_dict()
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    for source in (state, wrapped, {**wrapped, "module.optimizer.weight": torch.zeros(3)}):
+        model = Detector(build)
+        report = convnext_fast.load_checkpoint(model, source)
+        assert report.fits
+        assert report.dropped == ("module.optimizer.weight",) * ("module.optimizer.weight" in source)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(convnext_fast.CheckpointError, match=r"missing +neck\.weight +\(4, 4\)"):
+        convnext_fast.load_checkpoint(Detector(build), trained.backbone.state_dict())
+    with pytest.raises(convnext_fast.CheckpointError, match=r"shape +neck\.weight +\(4, 4\) +\(3, 4\)"):
+        convnext_fast.load_checkpoint(Detector(build), {**wrapped, "module.neck.weight": torch.zeros(3, 4)})
+
+
+@each_other
+def test_two_networks_are_refused(build):
+    model = build()
+    one, two = model.state_dict(), nn.ModuleDict({"student": build(), "teacher": build()})
+    before = two.state_dict()["teacher.head.bias"].clone()
+    text = r"there are 2 (ConvMixer|DWNet|RepLKNet)s, under the prefixes 'student\.', 'teacher\.'; pass only one"
+    for target, source in ((model, two.state_dict()), (two, one), (two, two.state_dict())):
+        with pytest.raises(convnext_fast.CheckpointError, match=text):
+            convnext_fast.load_checkpoint(target, source)
+    with pytest.raises(convnext_fast.CheckpointError, match=text):
+        own_names(two.state_dict())
+    assert torch.equal(two.state_dict()["teacher.head.bias"], before)
+    other = convnext_fast.ConvNeXt(depths=(1, 1, 1, 1), dims=(4, 4, 4, 4))
+    mixed = {**one, **{f"teacher.{name}": tensor for name, tensor in other.state_dict().items()}}
+    with pytest.raises(convnext_fast.CheckpointError, match=r"there are a \w+ and a ConvNeXt, .* '', 'teacher\.'"):
+        own_names(mixed)
 
 
 @each_other
@@ -294,7 +337,9 @@ BAD_KWARGS = [
     ("dim", "'dim' is not of the form NAME=VALUE"),
     ("dim=__import__('os')", "is not of the form NAME=VALUE"),
     ("size=3", "model_kwargs has size; of convmixer_768_32 are allowed: act_layer, depth, dim, drop_rate"),
-    ("num_classes=3", "model_kwargs has num_classes; of convmixer_768_32 are allowed"),
+    ("num_classes=3", "model_kwargs has num_classes (there is a class per folder of images); of convmixer_768_32 are"),
+    ("drop_path_rate=0.2", "model_kwargs has drop_path_rate (the option for it is drop_path, --drop-path); of"),
+    ("in_chans=1", "model_kwargs has in_chans (images are read as RGB); of"),
     ("kernel_size=6", "kernel_size is 6; a positive odd integer is allowed"),
     ("dim=wide", "dim is 'wide'; an integer of at least 1 is allowed"),
     ("act_layer=relu", "model_kwargs is {'act_layer': 'relu'}, which convmixer_768_32 cannot be built with"),
@@ -310,6 +355,27 @@ def test_bad_arguments_of_a_network_are_one_line(tmp_path, capsys, text, message
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out/last.pth").exists()
+
+
+def test_arguments_that_training_cannot_use_are_not_among_the_allowed():
+    for model, names in (
+        ("convnext_tiny", ("features_only", "out_indices", "in_chans", "num_classes", "drop_path_rate")),
+        ("replknet_31b", ("in_channels", "num_classes", "drop_path_rate", "device", "dtype")),
+    ):
+        for name in names:
+            text = rf"model_kwargs has {name} \(.+\); of {model} are allowed: "
+            with pytest.raises(ValueError, match=text) as caught:
+                FolderOptions(model=model, model_kwargs={name: 1})
+            assert name not in str(caught.value).rpartition(":")[2]
+
+
+def test_model_kwargs_add_up_and_none_is_given_twice(tmp_path, capsys):
+    command = ["train", str(tmp_path), "--model", "convmixer_768_32"]
+    for texts in (["dim=8", "--model-kwargs", "depth=2", "dim=9"], ["dim=8", "dim=8"]):
+        assert cli.main([*command, "--model-kwargs", *texts]) == 2
+        assert "--model-kwargs: dim is given twice; once is allowed" in capsys.readouterr().err
+    assert cli.main([*command, "--model-kwargs", "size=1", "--model-kwargs", "depth=2", "length=3"]) == 2
+    assert "model_kwargs has size, length; of convmixer_768_32 are allowed" in capsys.readouterr().err
 
 
 def test_classify_tells_published_networks_by_their_shapes(tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 import convnext_fast
 from convnext_fast import CheckpointError, RepLKBlock, RepLKNet, load_checkpoint
-from convnext_fast.replknet import ReparamLargeKernelConv
+from convnext_fast.replknet import ReparamLargeKernelConv, _where_float64_is
 
 from .small_models import with_statistics
 
@@ -110,6 +110,35 @@ def test_merging_keeps_results(small_kernel):
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
 
 
+def test_a_merge_that_fails_changes_nothing(monkeypatch):
+    model = with_statistics(ReparamLargeKernelConv(7, 9, 5)).eval()
+    x, names = torch.randn(2, 7, 13, 8), list(model.state_dict())
+    before = model(x)
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("convnext_fast.replknet.dk.DepthwiseConv2d", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.merge_kernel()
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_merging_keeps_what_is_frozen(frozen):
+    model = ReparamLargeKernelConv(7, 9, 5)
+    model.lkb_origin.conv.requires_grad_(not frozen)
+    model.merge_kernel()
+    assert [parameter.requires_grad for parameter in model.parameters()] == [not frozen] * 2
+
+
+def test_merging_computes_on_the_cpu_where_a_device_has_no_float64():
+    where = {name: _where_float64_is(torch.device(name)).type for name in ("cpu", "cuda", "mps")}
+    assert where == {"cpu": "cpu", "cuda": "cuda", "mps": "cpu"}
+
+
 def test_merged_network_equals_its_origin_and_keeps_dtype_and_device():
     model = with_statistics(RepLKNet(**SMALL)).eval()
     x = torch.randn(2, 3, 48, 40)
@@ -137,6 +166,9 @@ def test_a_checkpoint_that_does_not_fit_says_what_to_build():
         load_checkpoint(merged, RepLKNet(**SMALL).state_dict())
     with pytest.raises(CheckpointError, match=r"kernels are 7×7, 9×9, .* see its argument large_kernel_sizes\."):
         load_checkpoint(RepLKNet(**{**SMALL, "large_kernel_sizes": (13, 11)}), RepLKNet(**SMALL).state_dict())
+    with pytest.raises(CheckpointError, match=r"small kernels are 5×5, .* argument small_kernel=5\.") as caught:
+        load_checkpoint(RepLKNet(**{**SMALL, "small_kernel": 3}), RepLKNet(**SMALL).state_dict())
+    assert "large_kernel_sizes" not in str(caught.value)
 
 
 def test_block_alone():
@@ -150,7 +182,8 @@ def test_block_alone():
 @pytest.mark.parametrize("name, value", [
     ("large_kernel_sizes", (9, 8)), ("large_kernel_sizes", (9,)), ("layers", (1, 0)), ("channels", 3),
     ("small_kernel", 4), ("small_kernel", 11), ("dw_ratio", 0), ("ffn_ratio", -1), ("in_channels", 0),
-    ("num_classes", -1), ("drop_path_rate", 2),
+    ("num_classes", -1), ("drop_path_rate", 2), ("dw_ratio", 0.1), ("ffn_ratio", 0.1), ("layers", (1, True)),
+    ("in_channels", True),
 ])  # fmt: skip
 def test_bad_arguments_are_named(name, value):
     with pytest.raises(ValueError, match=rf"{name} is .*; .* allowed"):
