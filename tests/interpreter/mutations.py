@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import dwconv_kernels
 from dwconv_kernels import devices, dtypes, gluon_emulator, interpreter, registration, runtime
@@ -27,10 +28,23 @@ class Mistake(NamedTuple):
     everywhere: bool = False
 
 
+def _poisoned(make: Callable) -> Callable:
+    """What is left out shows: memory that nobody has written may hold what another proof has, which was right."""
+
+    def poisoned(*args, **kwargs):
+        made = make(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    return poisoned
+
+
 def running_copies(
     family: str, files: Sequence[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[Mistake | None], None]]:
     """For a fixture: yields what makes the public function run a copy of ``files``, with a mistake in it or without."""
+
+    for function in ("empty", "empty_strided", "empty_like"):
+        monkeypatch.setattr(torch, function, _poisoned(getattr(torch, function)))
 
     def run(mistake: Mistake | None) -> None:
         name = f"mutant{next(_numbers)}"
