@@ -1,6 +1,6 @@
 """Which tensor-core kernel runs a depthwise convolution, and how the work is cut up: pure functions of the problem.
 
-Figures are read from machine code (``python -m benchmarks.machine_code --tensor``); what a step costs is a model of it
+Figures are read from machine code (``python -m benchmarks.tensor_code``); what a step costs is a model of it
 that measurement is to replace. Names and formulas: kernels_gluon.py.
 """
 
@@ -15,7 +15,6 @@ from ..devices import multiprocessors, shared_kb
 DTYPES = ("bf16", "fp16")
 MAX_KERNEL = 51
 WARPS = 8
-STEPS = 4  # patch rows that the stream kernels read at a time
 # Offsets inside of a tile, at most 32 rows, are 32 bits.
 MAX_ROW = 2**26
 MAX_PIXELS = 2**33  # numbers of strips, and of blocks of 8 pixels, are 32 bits
@@ -64,7 +63,7 @@ class Stream:
     def block_c(self) -> int:
         return self.channels * WARPS
 
-    def constants(self, c: int, residual: bool = False) -> dict[str, object]:
+    def constants(self, c: int) -> dict[str, object]:
         p = self.patches
         pairs = -(-p.pairs // self.column_groups)
         return {
@@ -85,7 +84,7 @@ class Large:
     name = "tensor cores, large"
     block_c = WARPS
 
-    def constants(self, c: int, residual: bool = False) -> dict[str, object]:
+    def constants(self, c: int) -> dict[str, object]:
         p = self.patches
         return {
             "C": c, "R": p.R, "T": p.T, "GROUPS": p.groups, "PATCH_ROWS": self.patch_rows, "STRIPS": self.strips,

@@ -14,15 +14,15 @@ from triton.errors import TritonError
 
 from .. import runtime
 from . import config_tensor as config
-from . import kernels_tables
-
-Pair = tuple[int, int]
+from . import kernels_gluon, kernels_tables
 
 if runtime.INTERPRETER:
     from ..gluon_emulator import emulate
 
-from . import kernels_gluon  # noqa: E402
+Pair = tuple[int, int]
 
+_LARGE, _STREAM = "_depthwise_fwd_large_kernel", "_depthwise_fwd_stream_kernel"
+_GRADIENT = "_depthwise_bwd_weight_stream_kernel"
 _TABLE_BLOCK_C = 16
 _BLOCKS = {"BLOCK_P": 16, "BLOCK_C": 32}
 
@@ -156,10 +156,6 @@ def why_refused(kh: int, kw: int) -> str | None:
     """Why Triton compiles a kernel for KH × KW not; None as long as that has not happened."""
     forward = _LARGE if isinstance(config.pick_forward(kh, kw, 90), config.Large) else _STREAM
     return _refusals.get(forward) or _refusals.get(_GRADIENT)
-
-
-_LARGE, _STREAM = "_depthwise_fwd_large_kernel", "_depthwise_fwd_stream_kernel"
-_GRADIENT = "_depthwise_bwd_weight_stream_kernel"
 
 
 def _run(kernel, programs: int, *args, **constants) -> None:
