@@ -280,8 +280,12 @@ def variants(training: bool, sizes: int = 200) -> Contest:
 
 def compiled_kernels() -> dict[str, int]:
     """How many variants of each depthwise kernel Triton has compiled or loaded in this process."""
-    kernels = runtime.launchers("depthwise").kernels
-    functions = {name: value for name, value in vars(kernels).items() if hasattr(value, "device_caches")}
+    launch = runtime.launchers("depthwise")
+    modules = [launch.kernels]
+    if launch.tensor is not None:
+        modules += [launch.tensor.kernels_gluon, launch.tensor.kernels_tables]
+    every = [item for module in modules for item in vars(module).items()]
+    functions = {name: value for name, value in every if hasattr(value, "device_caches")}
     if not functions:
         raise RuntimeError("this Triton keeps what it has compiled in another place")
     # The first of the things that Triton keeps per device are the kernels, by what they were specialised for.
