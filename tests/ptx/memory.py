@@ -1,0 +1,178 @@
+"""Memory of a launch: which accesses are allowed, and what is there.
+
+What compute-sanitizer's tools look for, is looked for here: accesses beside a tensor, or not aligned (memcheck); reads
+of shared memory that nobody wrote (initcheck); accesses of several warps without a barrier in between (racecheck).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+HALF = 2  # bytes: what is looked after one by one in shared memory; no kernel of ours reads or writes single bytes
+NOBODY, SEVERAL = -1, -2
+CLOSE = 1e-5  # of fp32: sums that differ in their last bits
+
+
+class AccessError(Exception):
+    """What a launch must not do; the text says which instruction did it and where."""
+
+
+class GlobalMemory:
+    """The tensors that a launch was given, at their own addresses. ``extents``: (first address, bytes) of each."""
+
+    def __init__(self, extents: list[tuple[int, int]]):
+        merged: list[list[int]] = []
+        for begin, size in sorted(extents):
+            if merged and begin <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], begin + size)
+            elif size:
+                merged.append([begin, begin + size])
+        self.ranges = [(begin, end, self._bytes(begin, end - begin)) for begin, end in merged]
+        self.written = {begin: np.zeros(end - begin, bool) for begin, end, _ in self.ranges}
+
+    @staticmethod
+    def _bytes(begin: int, size: int) -> np.ndarray:
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(begin))
+
+    def _places(self, addresses: np.ndarray, size: int):
+        """(which of the addresses, bytes, where each is in them, what was written), tensor by tensor."""
+        if (addresses % np.uint64(size)).any():
+            raise AccessError(f"an address is no multiple of {size}")
+        left = len(addresses)
+        for begin, end, memory in self.ranges:
+            inside = (addresses >= np.uint64(begin)) & (addresses < np.uint64(end))
+            count = np.count_nonzero(inside)
+            if count == 0:
+                continue
+            left -= count
+            where = addresses[inside].astype(np.int64) - begin
+            if (where + size > end - begin).any():
+                raise AccessError("an access begins in a tensor and ends behind it")
+            yield inside, memory, where, self.written[begin]
+        if left:
+            known = [begin for begin, _, _ in self.ranges]
+            bad = next(a for a in addresses.tolist() if not any(b <= a < e for b, e, _ in self.ranges))
+            nearest = min(known, key=lambda begin: abs(begin - bad), default=0)
+            raise AccessError(f"address {bad - nearest:+} bytes from a tensor of {self._size(nearest)} bytes")
+
+    def _size(self, begin: int) -> int:
+        return next((end - first for first, end, _ in self.ranges if first == begin), 0)
+
+    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        values = np.zeros(len(addresses), UNSIGNED[size])
+        for inside, memory, where, _ in self._places(addresses, size):
+            parts = memory[where[:, None] + np.arange(size)]
+            values[inside] = np.ascontiguousarray(parts).view(UNSIGNED[size])[:, 0]
+        return values
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, size: int) -> None:
+        for inside, memory, where, written in self._places(addresses, size):
+            parts = np.ascontiguousarray(values[inside], UNSIGNED[size]).view(np.uint8).reshape(-1, size)
+            places = where[:, None] + np.arange(size)
+            before = memory[places]
+            again = written[places]
+            memory[places] = parts
+            written[places] = True
+            if (again & (before != parts)).any() or (memory[places] != parts).any():
+                raise AccessError("a launch writes different values to the same place of a tensor")
+
+
+class SharedMemory:
+    """Of ``programs`` programs, ``size`` bytes each. Accesses name the lanes that make them, for what is checked."""
+
+    def __init__(self, programs: int, size: int, threads: int):
+        self.size = -(-size // 16) * 16
+        self.allowed = size
+        self.threads = threads
+        self.bytes = np.full(programs * self.size, 0xFF, np.uint8)  # NaN, whatever the dtype
+        count = programs * self.size // HALF
+        self.epoch = np.zeros(programs, np.int64)  # barriers that a program has passed
+        self.written, self.writer = np.full(count, -1, np.int64), np.full(count, NOBODY, np.int32)
+        self.read, self.reader = np.full(count, -1, np.int64), np.full(count, NOBODY, np.int32)
+        self.undecided = 0  # writes of a thread of a warp that another one's, at the same time, has replaced
+        self.generic = np.zeros(count, bool)  # written by stores, not copies: wgmma needs a fence to see that
+
+    def _flat(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
+        addresses = addresses.astype(np.int64)
+        if (addresses + size > self.allowed).any():
+            raise AccessError(f"shared memory at {addresses.max()}, of {self.allowed} bytes")
+        if (addresses % size).any():
+            raise AccessError(f"shared memory at no multiple of {size}")
+        return lanes // self.threads * self.size + addresses
+
+    def _halves(self, flat: np.ndarray, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        count = max(1, size // HALF)
+        halves = (flat // HALF)[:, None] + np.arange(count)
+        return halves.ravel(), np.repeat(lanes, count)
+
+    def note_read(self, halves: np.ndarray, lanes: np.ndarray, by_tensor_cores: bool = False) -> None:
+        epoch, warp = self.epoch[lanes // self.threads], (lanes // 32).astype(np.int32)
+        if (self.written[halves] < 0).any():
+            raise AccessError(f"initcheck: shared memory is read at {self._at(halves, self.written[halves] < 0)}, "
+                              "where nobody wrote")  # fmt: skip
+        bad = (self.written[halves] == epoch) & (self.writer[halves] != warp)
+        if bad.any():
+            raise AccessError(f"racecheck: shared memory at {self._at(halves, bad)} is read by a warp and was written "
+                              "by another, with no barrier in between")  # fmt: skip
+        if by_tensor_cores and self.generic[halves].any():
+            raise AccessError("shared memory was stored to, and is read by wgmma without a fence in between")
+        others = (self.read[halves] == epoch) & (self.reader[halves] != warp)
+        self.read[halves] = epoch
+        self.reader[halves] = np.where(others, SEVERAL, warp)
+        mixed = self.reader[halves] != warp
+        self.reader[halves[mixed]] = SEVERAL
+
+    def note_write(self, halves: np.ndarray, lanes: np.ndarray, generic: bool = True) -> None:
+        epoch, warp = self.epoch[lanes // self.threads], (lanes // 32).astype(np.int32)
+        bad = (self.written[halves] == epoch) & (self.writer[halves] != warp)
+        bad |= (self.read[halves] == epoch) & (self.reader[halves] != warp)
+        self.written[halves], self.writer[halves], self.generic[halves] = epoch, warp, generic
+        self.writer[halves[self.writer[halves] != warp]] = SEVERAL  # who all have to write the same
+        if bad.any():
+            raise AccessError(f"racecheck: shared memory at {self._at(halves, bad)} is written by a warp and was read "
+                              "or written by another, with no barrier in between")  # fmt: skip
+
+    def _at(self, halves: np.ndarray, bad: np.ndarray) -> int:
+        return int(halves[bad][0] * HALF % self.size)
+
+    def load(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
+        flat = self._flat(lanes, addresses, size)
+        self.note_read(*self._halves(flat, lanes, size))
+        return self.bytes.view(UNSIGNED[size])[flat // size]
+
+    def store(self, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray, size: int) -> None:
+        flat = self._flat(lanes, addresses, size)
+        self.note_write(*self._halves(flat, lanes, size))
+        memory = self.bytes.view(UNSIGNED[size])
+        memory[flat // size] = values
+        other = memory[flat // size] != values
+        if other.any():
+            self._settle(flat[other], lanes[other], values[other], memory[flat[other] // size])
+
+    def _settle(self, flat: np.ndarray, lanes: np.ndarray, values: np.ndarray, stored: np.ndarray) -> None:
+        """Several threads wrote to one place, and not the same. Of a warp, the GPU lets one of them win.
+
+        That may be where a sum of all threads of a warp is made by shuffles and the first product is fused with an
+        addition: then threads have that sum with different last bits.
+        """
+        if values.itemsize == 4 and (self.writer[flat // HALF] == lanes // 32).all():
+            a, b = values.view(np.float32), stored.view(np.float32)
+            if (np.abs(a - b) <= CLOSE * np.abs(b).max()).all():
+                self.undecided += len(values)
+                return
+        raise AccessError("racecheck: threads write different values to the same place")
+
+    def begin_copy(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> None:
+        """From here on, until the copy has been waited for, nobody else may touch these bytes."""
+        flat = self._flat(lanes, addresses, size)
+        self.note_write(*self._halves(flat, lanes, size), generic=False)
+        self.bytes.reshape(-1, size)[flat // size] = 0xFF
+
+    def end_copy(self, lanes: np.ndarray, addresses: np.ndarray, parts: np.ndarray) -> None:
+        size = parts.shape[1]
+        flat = self._flat(lanes, addresses, size)
+        self.note_write(*self._halves(flat, lanes, size), generic=False)
+        self.bytes.reshape(-1, size)[flat // size] = parts
