@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,14 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 from benchmarks.machine import Machine
-from benchmarks.results import OURS, Row, quartiles
+from benchmarks.results import OURS, OURS_GRAPH, Row, quartiles
 from benchmarks.timing import Timed, interleave, ratios
 
 FIRST_SAMPLES = 3  # of a provider alone, before the rounds with the others; one where that takes long
 LONG = 0.1
 LONGEST_REASON = 300
 LATE_LIMIT = 5  # times the limit of the others, for who comes late because it takes long
-MEMORY_SHARE = 0.3  # of the GPU's memory, at most, for who only compiles while others run tests
+MEMORY_SHARE = 0.25  # of the GPU's memory, at most, for who only compiles while others run tests
 
 
 class Unavailable(Exception):
@@ -82,7 +83,8 @@ class Contest:
         open: makes the inputs, and returns what gets a provider ready. It may return a whole row instead, of something
             that is not timed in rounds.
         costs: of the work, piece by piece; empty where nobody knows.
-        needs: the operators whose tests have to pass before ours may be fast.
+        needs: the operators, ..., whose tests have to pass before ours may be fast (:mod:`benchmarks.gpu_tests`).
+        needs_besides: by provider, what else has to pass.
         limit: seconds for a provider to get ready.
         seconds: for all rounds together, of which there are at least and at most ``rounds``.
         late: providers that take long to get ready, and come when all contests have had the others.
@@ -99,6 +101,10 @@ class Contest:
     seconds: float = 1.0
     rounds: tuple[int, int] = (5, 50)
     late: tuple[str, ...] = ()
+    needs_besides: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def needs_of(self, provider: str) -> tuple[str, ...]:
+        return self.needs + self.needs_besides.get(provider, ())
 
     def begin(self, machine: Machine) -> Prepare:
         """:attr:`open`, with nothing compiled: after eight variants of one function torch.compile gives up.
@@ -174,6 +180,8 @@ def _in_turns(contest: Contest, ready: dict[str, Entry], machine: Machine, ceili
             found = ratios(samples, provider, OURS)
             low, middle, high = quartiles(found)
             row = dataclasses.replace(row, speedup=middle, speedup_quartiles=(low, high))
+        if OURS_GRAPH in samples and not provider.startswith(OURS):
+            row = dataclasses.replace(row, over_graph=statistics.median(ratios(samples, provider, OURS_GRAPH)))
         say((row, samples[provider]))
 
 

@@ -6,9 +6,11 @@
 
 From the source tree, nothing has to be installed but what the package itself needs, and pytest for the tests.
 
-1. The GPU tests. Ours gets no speed for an operator whose tests fail. Meanwhile torch.compile fills its caches.
+1. The GPU tests, in several processes where pytest-xdist is installed. Ours gets no speed where tests fail, and one
+   that is marked where tests are not through. Meanwhile torch.compile fills its caches.
 2. The benchmarks, in order of importance, each row written as soon as it is there: a stop at any moment leaves what was
-   measured, and the same command goes on from there. A provider that raises, hangs or crashes costs its own row.
+   measured, and the same command goes on from there: with benchmarks, or first with the tests that have not passed
+   where ``--retry`` asks for it. A provider that raises, hangs or crashes costs its own row.
 3. A short table.
 
 DIR then holds the results (``<gpu>-<date>-<commit>.json``, see :mod:`benchmarks.results`), ``tests.log``,
@@ -19,35 +21,30 @@ no number, 2 where nothing could be run, and 130 where it was stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
-import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from benchmarks import suites
 from benchmarks.contest import Contest
-from benchmarks.machine import ROOT, Machine
-from benchmarks.operators import OPERATORS
-from benchmarks.results import OURS, Results, Row, by_contest, file_name
+from benchmarks.gpu_tests import AS_ASKED, NO_GPU, are_due, run_tests, untested, why_refused
+from benchmarks.headline import GRAPHS, measured
+from benchmarks.machine import Machine
+from benchmarks.results import FALLBACK, OURS, OURS_GRAPH, Results, Row, by_contest, file_name
 from benchmarks.runner import OutOfTime, Runner, ceilings_of
 from benchmarks.suites import Visit
 from benchmarks.warm import Warmer, compiled
 
 TESTS_SHARE = 0.4  # of the time, at most, is for tests
-GPU_TESTS = ROOT / "tests" / "gpu"
+TESTS_SECONDS = 240.0  # and no more than that
+TESTS_LOG = "tests.log"
 TABLE_ROWS = 40
 LINE = 160  # characters
 STOPPED = 130
-NO_TESTS = 5  # pytest's exit code
-TIMING = "timing"  # the tests of the benchmarks' own clock: their failure is told, and refuses nobody
-_OUTCOME = re.compile(r"^(?:\S*/)?test_(\w+?)_gpu\.py::(.*) (PASSED|FAILED|ERROR)\b")
-_NOT_IMPORTED = re.compile(r"^ERROR (?:\S*/)?test_(\w+?)_gpu\.py( - .*)?$")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,14 +86,14 @@ def _measure(
         contests = [contest for contest in contests if contest.suite in ("ceilings", *arguments.only)]
     visits, log = suites.visits(contests), arguments.out / "providers.log"
     build = functools.partial(suites.plan, machine.is_cuda, arguments.quick)
-    verdicts = results.tests.values()
     if not machine.is_cuda:
-        results.tests = {"all": "skipped: no GPU"}
+        results.tests = {"all": NO_GPU}
     elif arguments.skip_tests:
-        results.tests = results.tests or {"all": "skipped: as asked"}
-    elif arguments.retry or not verdicts or any(said.startswith(("skipped", "unfinished")) for said in verdicts):
+        results.tests = results.tests or {"all": AS_ASKED}
+    elif are_due(results, arguments.retry):
         warmer = Warmer(build, str(machine.device), log, compiled(visits))
-        run_tests(results, arguments.out / "tests.log", TESTS_SHARE * 60 * arguments.minutes, say, warmer)
+        seconds = min(TESTS_SHARE * 60 * arguments.minutes, TESTS_SECONDS)
+        run_tests(results, arguments.out / TESTS_LOG, seconds, say, warmer)
     with Runner(build, str(machine.device), log, deadline) as runner:
         run_benchmarks(results, visits, runner, say, retry=arguments.retry)
 
@@ -111,7 +108,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     names = sorted({contest.suite for cuda in (True, False) for contest in suites.plan(cuda)})
     parser.add_argument("--only", nargs="+", choices=names, metavar="SUITE", help=f"of {', '.join(names)}")
     parser.add_argument("--skip-tests", action="store_true", help="while working on speed; the results say so")
-    parser.add_argument("--retry", action="store_true", help="measure again what failed the last time")
+    parser.add_argument("--retry", action="store_true", help="test and measure again what failed the last time")
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         parser.error(f"argument --minutes: {arguments.minutes} is not more than 0")
@@ -126,7 +123,10 @@ def _results(arguments: argparse.Namespace, machine: Machine) -> Results:
     if len(there) > 1:
         raise ValueError(f"--out {arguments.out} holds several results files; one at most is allowed")
     if not there:
-        return Results(meta, arguments.out / file_name(meta))
+        (arguments.out / TESTS_LOG).unlink(missing_ok=True)  # of whatever it was
+        results = Results(meta, arguments.out / file_name(meta))
+        results.write()
+        return results
     results = Results.read(there[0])
     results.refuse_mixing(meta)
     return results
@@ -143,95 +143,6 @@ class _Progress:
         print(f"[{minutes:2}:{seconds:02}] {line}", flush=True)
 
 
-# --- tests
-
-
-def run_tests(
-    results: Results,
-    log: Path,
-    seconds: float,
-    say: Callable[[str], object],
-    meanwhile: AbstractContextManager,
-    folder: Path = GPU_TESTS,
-) -> None:
-    """The GPU tests, into ``results.tests``: "passed: 120" or why not, for each operator and for "all".
-
-    A file ``test_<operator>_gpu.py`` is about that operator, ``test_timing_gpu.py`` about the benchmarks themselves,
-    the other files are about all operators. Tests that need the GPU for themselves come when ``meanwhile`` is over.
-    """
-    say("tests")
-    log.unlink(missing_ok=True)
-    end = time.monotonic() + seconds
-    with meanwhile:
-        codes = [_pytest(folder, "gpu and not full and not alone", log, seconds)]
-    codes.append(_pytest(folder, "gpu and not full and alone", log, end - time.monotonic()))
-    results.tests = judge(log.read_text(errors="replace").splitlines(), codes)
-    results.write()
-    for name, result in results.tests.items():
-        say(f"tests of {name}: {result}")
-
-
-def _pytest(folder: Path, marked: str, log: Path, seconds: float) -> int | None:
-    """Runs tests of a folder, adding to a log; the exit code, or None where they were not through in time."""
-    if seconds <= 0:
-        return None
-    command = [sys.executable, "-m", "pytest", str(folder), "-v", "-m", marked, "-p", "no:cacheprovider"]
-    command += ["--color=no", "--continue-on-collection-errors", "-o", "console_output_style=classic"]
-    with open(log, "a") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile for it
-                process.wait()
-
-
-def judge(lines: Iterable[str], codes: Iterable[int | None]) -> dict[str, str]:
-    """What the lines of ``pytest -v`` and its exit codes (None: out of time) say of each operator."""
-    passed: dict[str, int] = {}
-    failed: dict[str, list[str]] = {}
-    for line in lines:
-        if (outcome := _OUTCOME.match(line)) is not None:
-            file, test, outcome = outcome.groups()
-        elif (outcome := _NOT_IMPORTED.match(line)) is not None:
-            file, test, outcome = outcome[1], "the file cannot be imported", "ERROR"
-        else:
-            continue
-        name = file if file in (*OPERATORS, TIMING) else "all"
-        if outcome == "PASSED":
-            passed[name] = passed.get(name, 0) + 1
-        else:
-            failed.setdefault(name, []).append(test)
-    codes = list(codes)
-    # Those that need the GPU for themselves come last, and say nothing of the others when their time is over.
-    found = {name: f"{'unfinished' if codes[0] is None else 'passed'}: {count}" for name, count in passed.items()}
-    if codes[-1] is None:
-        found["alone"] = "unfinished: those that need the GPU for themselves"
-    for name, tests in failed.items():
-        found[name] = f"failed: {len(tests)} of {len(tests) + passed.get(name, 0)}, {tests[0]}"
-    # 0 and 1 are told by the lines, and 5 is that a part has no tests, which the other has. Else it has crashed, or
-    # could not begin.
-    bad = [code for code in codes if code not in (None, 0, NO_TESTS) and not (code == 1 and failed)]
-    if bad and "all" not in failed:
-        found["all"] = f"failed: pytest ended with exit code {bad[0]}"
-    if not passed and not failed and not bad:
-        found["all"] = "unfinished: 0" if None in codes else "failed: no test ran"
-    return found
-
-
-def why_refused(results: Results, needs: Iterable[str]) -> str | None:
-    """Why ours may not have a speed where it stands on these operators; None where it may."""
-    for name in ("all", *needs):
-        if results.tests.get(name, "").startswith("failed"):
-            return f"refused: tests of {name} {results.tests[name]}"
-    return None
-
-
 # --- benchmarks
 
 
@@ -243,10 +154,8 @@ def run_benchmarks(
     retry: bool = False,
 ) -> None:
     """Every visit that is not done yet, into ``results``, until the runner's deadline."""
-    for visit in visits:  # also what was measured before the tests failed
-        refused = why_refused(results, visit.contest.needs)
-        if refused is not None:
-            results.put(*(visit.contest.row(name, status=refused) for name in visit.providers if _is_ours(name)))
+    for visit in visits:
+        _judge_again(results, visit)
     waiting = {str(visit): _waiting(results, visit, retry) for visit in visits}
     results.left = [name for name, providers in waiting.items() if providers]
     results.write()
@@ -257,8 +166,8 @@ def run_benchmarks(
         say(f"{place + 1} of {len(visits)}: {contest}, {', '.join(providers)}")
         try:
             for row, _ in runner.visit(contest, providers, ceilings_of(results, contest.dtype)):
-                if not (visit.again and row.provider == OURS):  # it has its row from the first time
-                    results.put(row)
+                if not visit.again or row.provider in contest.late:  # the others have their rows from the first time
+                    results.put(_marked(results, contest, row))
         except OutOfTime:
             say(f"out of time; {len(results.left)} of {len(visits)} left")
             return
@@ -267,6 +176,24 @@ def run_benchmarks(
             results.done.append(str(visit))
         results.write()
         _tell(results, contest, providers, say)
+
+
+def _judge_again(results: Results, visit: Visit) -> None:
+    """What was measured before the tests had their present verdict is refused, or marked, as it would be now."""
+    for name in filter(_is_ours, visit.providers):
+        refused = why_refused(results, visit.contest.needs_of(name))
+        row = _row_of(results, visit.contest, name)
+        if refused is not None:
+            results.put(visit.contest.row(name, status=refused))
+        elif row is not None and row != (marked := _marked(results, visit.contest, row)):
+            results.put(marked)
+
+
+def _marked(results: Results, contest: Contest, row: Row) -> Row:
+    """A row of ours says where the tests of what it stands on are not through."""
+    if not _is_ours(row.provider):
+        return row
+    return dataclasses.replace(row, untested=untested(results, contest.needs_of(row.provider)) if row.ok else None)
 
 
 def _is_ours(provider: str) -> bool:
@@ -280,9 +207,13 @@ def _waiting(results: Results, visit: Visit, retry: bool) -> tuple[str, ...]:
     """
     rows = {provider: _row_of(results, visit.contest, provider) for provider in visit.providers}
     bad = {provider: row.status for provider, row in rows.items() if row is not None and not row.ok}
-    refused = why_refused(results, visit.contest.needs) is not None
-    pardoned = [provider for provider, status in bad.items() if status.startswith("refused") and not refused]
-    able = [provider for provider in visit.providers if not (refused and _is_ours(provider))]
+    refused = [
+        provider
+        for provider in filter(_is_ours, visit.providers)
+        if why_refused(results, visit.contest.needs_of(provider)) is not None
+    ]
+    pardoned = [name for name, status in bad.items() if status.startswith("refused") and name not in refused]
+    able = [provider for provider in visit.providers if provider not in refused]
     again = [provider for provider in able if provider in bad and (retry or provider in pardoned)]
     if str(visit) in results.done and not again:
         return ()
@@ -340,14 +271,31 @@ def table(results: Results, most: int = TABLE_ROWS) -> str:
         shown += 1
         floor = "" if ours.fraction_of_floor is None else f"{100 * ours.fraction_of_floor:.0f} %"
         peers = ", ".join(f"{row.provider} {row.speedup:.2f}" for row in rows if row.speedup is not None)
-        lines.append(f"{' '.join(contest):60} {ours.median_us:10.1f} {floor:>8}  {peers}")
+        mark = "" if ours.untested is None else f"; TESTS NOT THROUGH: {ours.untested}"
+        lines.append(f"{' '.join(contest):60} {ours.median_us:10.1f} {floor:>8}  {peers}{mark}")
+    lines += _in_graphs(results)
     bad = [row for row in results.rows if not row.ok and not row.status.startswith("skipped")]
     lines += [f"{' '.join(row.contest)}: {row.provider} {row.status}"[:LINE] for row in bad[:most]]
     if len(bad) > most:
         lines.append(f"and {len(bad) - most} more without a number")
+    notes = [row.note for row in results.rows if row.ok and FALLBACK in (row.note or "")]
+    lines += [f"ours, {notes.count(note)} rows: {note}"[:LINE] for note in dict.fromkeys(notes)]
     if results.left:
         lines.append(f"no time for {len(results.left)} more: {'; '.join(results.left[:3])}, ...")
     return "\n".join(lines)
+
+
+def _in_graphs(results: Results) -> list[str]:
+    """Who makes CUDA graphs against ours in one: where a network waits for Python, that is the comparison."""
+    lines = []
+    for contest, rows in by_contest(results.rows).items():
+        graph = next((row for row in rows if row.provider == OURS_GRAPH), None)
+        peers = [row for row in rows if row.provider in GRAPHS and measured(row, "over_graph") is not None]
+        if measured(graph) is not None and peers:
+            said = ", ".join(f"{row.provider} {row.over_graph:.2f}" for row in peers)
+            name = f"{' '.join(contest)} in CUDA graphs"
+            lines.append(f"{name:60} {graph.median_us:10.1f} {'':8}  {said}")
+    return lines
 
 
 if __name__ == "__main__":

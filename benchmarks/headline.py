@@ -30,8 +30,9 @@ COMPOSITIONS = ("layer_norm_linear_forward", "layer_norm_linear_training", "bloc
 NETWORKS = ("model_training", "model_inference")
 PROVIDERS = (
     OURS, "ours_compile", "ours_graph", "ours_max_autotune", "ours_lean", "ours_timm", "eager", "channels_last",
-    "compile", "max_autotune", "timm", "timm_compile", "swin_tiny", "vit_small", "resnet50",
+    "compile", "reduce_overhead", "max_autotune", "timm", "timm_compile", "swin_tiny", "vit_small", "resnet50",
 )  # fmt: skip
+GRAPHS = ("reduce_overhead", "max_autotune")  # networks that torch.compile puts into CUDA graphs
 # The first of these that a suite has is the one that stands for it; networks are trained under autocast.
 DTYPES = ("bf16", "amp_bf16", "fp16", "fp32")
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))  # channels and rows of ConvNeXt-T's maps at 224×224

@@ -14,8 +14,8 @@ import convnext_fast
 import dwconv_kernels as dk
 from benchmarks.contest import Contest, Cost, Entry, Prepare, Unavailable, Wrong, relative_error
 from benchmarks.machine import Machine
-from benchmarks.operators import Case, block_cost
-from benchmarks.results import OURS
+from benchmarks.operators import Case, block_cost, fallback
+from benchmarks.results import OURS, OURS_GRAPH
 from benchmarks.timing import timed
 from convnext_fast.backend_in_use import describe_backend
 from tests import torchvision_shim
@@ -28,8 +28,9 @@ OTHERS = {
     "resnet50": "resnet50",
 }
 LATE = ("max_autotune", *OTHERS)
+MODES = {"max_autotune": "max-autotune", "reduce_overhead": "reduce-overhead"}  # both make CUDA graphs
 PROVIDERS = (
-    OURS, "ours_compile", "channels_last", "timm", "ours_timm", "compile", "timm_compile", "eager", "max_autotune",
+    OURS, "ours_compile", "timm_compile", "compile", "channels_last", "timm", "ours_timm", "eager", "max_autotune",
 )  # fmt: skip
 # By the norm of the logits. Half-precision activations of some fifty layers differ by this much between two right
 # implementations; a block that is missing or wrong makes several times as much.
@@ -62,8 +63,9 @@ def contest(case: NetworkCase, providers: tuple[str, ...] = PROVIDERS, **options
         providers,
         open=functools.partial(_open, case),
         costs=tuple(network_costs(case)),
-        needs=("depthwise", "norm_linear", "block"),
-        **{"late": LATE, "seconds": 4.0, "limit": 120.0, **options},
+        needs=("depthwise", "norm_linear", "block", "training"),
+        needs_besides={"ours_timm": ("accelerate",)},
+        **{"late": LATE, "seconds": 4.0, "limit": 240.0, **options},
     )
 
 
@@ -132,11 +134,12 @@ def _open(case: NetworkCase, machine: Machine) -> Prepare:
             error = relative_error([call()], [expected])
             if not error <= TOLERANCE[case.dtype]:
                 raise Wrong(f"its logits are {error:.2g} of their norm away; {TOLERANCE[case.dtype]} is allowed")
-        run, method = machine.lap([call], graph=provider == "ours_graph")
+        run, method = machine.lap([call], graph=provider == OURS_GRAPH)
         facts = {"method": method, "error": error, "images": case.n}
         if provider.startswith(OURS):
             ran = describe_backend(machine.device)
-            facts |= {"ran": ran.split()[0], "note": ran}
+            note = fallback() if ran.startswith("triton") else None
+            facts |= {"ran": ran.split()[0], "note": ran if note is None else f"{ran}; {note}"}
         if provider in OTHERS:
             facts |= {"fraction_of_floor": None, "floor_us": None, "bytes": None, "flops": None}
         return Entry(timed(machine.clock, run), facts)
@@ -176,10 +179,10 @@ def _network(case: NetworkCase, provider: str, state: dict[str, Tensor]) -> tupl
 
 
 def _compiled(network: nn.Module, provider: str, machine: Machine) -> nn.Module:
-    if provider == "max_autotune":
+    if provider in MODES:
         if not machine.is_cuda:
-            raise Unavailable("max-autotune chooses between kernels for GPUs")
-        return torch.compile(network, mode="max-autotune", dynamic=False)
+            raise Unavailable(f"{MODES[provider]} is for GPUs")
+        return torch.compile(network, mode=MODES[provider], dynamic=False)
     if provider.endswith("compile") or provider in OTHERS:
         return torch.compile(network, dynamic=False)
     return network

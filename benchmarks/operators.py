@@ -19,8 +19,9 @@ from torch.nn import functional as F
 import dwconv_kernels as dk
 from benchmarks.contest import Contest, Cost, Entry, Prepare, Unavailable, Wrong, relative_error
 from benchmarks.machine import Machine, bytes_of
-from benchmarks.results import OURS
+from benchmarks.results import FALLBACK, OURS
 from benchmarks.timing import timed
+from dwconv_kernels import runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Further from the expected result than this, by norm, is wrong. A convolution is rounded once, which is a fifth of this
@@ -125,10 +126,32 @@ def _open(operator: Operator, timed_pass: Pass, case: Case, machine: Machine) ->
         if provider == OURS:
             arguments = {name: value.detach() for name, value in mine[0].items() if name != "dy"}
             supported, reason = operator.supports(case, **arguments)
-            facts |= {"ran": "triton" if supported else "torch", "note": reason or None}
+            facts |= {"ran": "triton" if supported else "torch"}
+            facts |= {"note": fallback(case) if supported else reason or None}
         return Entry(timed(machine.clock, run, len(calls)), facts)
 
     return prepare
+
+
+def fallback(case: Case | None = None) -> str | None:
+    """That a case's convolution was to run on tensor cores, and why it does not; without a case, that of any kernel.
+
+    It depends on what Triton has compiled so far: to be asked after the first call.
+    """
+    launch = runtime.launchers("depthwise")
+    kernel = None if case is None else case.kernel
+    if case is not None and (
+        kernel is None
+        or not launch.config.on_tensor_cores(case.dtype, *kernel, (1, 1), (1, 1), case.c, runtime.strict_kernels())
+    ):
+        return None
+    if launch.tensor is None:
+        return f"{FALLBACK}: {launch._NO_GLUON}"
+    if kernel is None:
+        reason = "; ".join(launch.tensor._refusals.values()) or None
+    else:
+        reason = launch.tensor.why_refused(*kernel)
+    return None if reason is None else f"{FALLBACK}: {reason}"
 
 
 def _arguments(inputs: dict[str, Tensor], contiguous: bool, gradients: tuple[str, ...]) -> dict[str, Tensor]:

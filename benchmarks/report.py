@@ -15,6 +15,7 @@ from benchmarks import plots
 from benchmarks import results as results_module
 from benchmarks.headline import (
     DEPTHWISE,
+    GRAPHS,
     NETWORKS,
     STAGES,
     batch,
@@ -29,7 +30,7 @@ from benchmarks.headline import (
     title,
     without_batch,
 )
-from benchmarks.results import META, OURS, Results, Row
+from benchmarks.results import FALLBACK, META, OURS, OURS_GRAPH, Results, Row, by_contest
 from benchmarks.tables import MIB, NONE, number, percent, plain, suite_table, table
 
 README = Path(__file__).parents[1] / "README.md"
@@ -139,6 +140,7 @@ def _headlines(results: Results) -> list[list[str]]:
     for suite in NETWORKS:
         for contest in headline(suites.get(suite, []), limit=2):
             lines.append(_headline(f"{title(suite)}, {contest[0].case}", [contest], _speeds))
+    lines += _latency(suites.get("model_inference", []))
     memory = suites.get("memory", [])
     for contests, name, field in (
         (headline(blocks(memory)), "Kept by a block for its backward pass", "saved_bytes"),
@@ -149,6 +151,26 @@ def _headlines(results: Results) -> list[list[str]]:
     return lines
 
 
+def _latency(rows: list[Row]) -> list[list[str]]:
+    """The first case of networks in CUDA graphs, those of others against ours."""
+    for (_, case, dtype), contest in by_contest(rows).items():
+        graph = of(contest, OURS_GRAPH)
+        peers = [row for row in contest if row.provider in GRAPHS and measured(row, "over_graph") is not None]
+        if measured(graph) is not None and peers:
+            name = f"{title('model_inference')}, {case}, in CUDA graphs"
+            said = ", ".join(f"{row.provider} {number(row.over_graph)}" for row in peers)
+            floor = percent(measured(graph, "fraction_of_floor"))
+            return [[name, dtype, _times([graph]) + _mark([graph]), floor, said]]
+    return []
+
+
+def _mark(ours: list[Row | None]) -> str:
+    """What is to be known of numbers of ours, wherever they stand."""
+    ours = [row for row in ours if row is not None and row.ok]
+    said = f", {FALLBACK}" if any(FALLBACK in (row.note or "") for row in ours) else ""
+    return said + (", tests not through" if any(row.untested for row in ours) else "")
+
+
 def _headline(name: str, cases: list[list[Row]], text, field: str = "median_us") -> list[str]:
     """A line of the headline table: one case, or several with what each came to and the range of the ratios."""
     ours = [of(contest, OURS) for contest in cases]
@@ -157,6 +179,7 @@ def _headline(name: str, cases: list[list[Row]], text, field: str = "median_us")
     own = text(ours)
     if any(row is not None and row.ok and row.ran == "torch" for row in ours):
         own += ", on PyTorch's kernels"
+    own += _mark(ours)
     floors = [share for row in ours if (share := measured(row, "fraction_of_floor")) is not None]
     peers = []
     for peer in providers(row for contest in cases for row in contest):

@@ -27,6 +27,8 @@ from pathlib import Path
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
 OURS = "ours"
+OURS_GRAPH = "ours_graph"  # in a CUDA graph
+FALLBACK = "not on tensor cores"  # in the note of a row of ours, where a kernel was to run on them and did not
 # What two files have to agree in before their rows may stand in one.
 IDENTITY = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "device", "quick", "threads", "timm")
 META = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "date")
@@ -36,7 +38,7 @@ STATUSES = ("ok", "skipped", "refused", "failed", "wrong", "timeout", "crashed")
 
 NUMBERS = (
     "median_us", "spread", "fraction_of_floor", "floor_us", "bytes", "flops", "samples", "speedup", "images", "error",
-    "peak_bytes", "saved_bytes", "variants", "rate",
+    "over_graph", "peak_bytes", "saved_bytes", "variants", "rate",
 )  # fmt: skip
 
 
@@ -59,8 +61,10 @@ class Row:
     method: str | None = None  # "graph" and "events" are the GPU's time, "clock" is the host's
     speedup: float | None = None  # this provider's time / that of ours: median over rounds in which both ran
     speedup_quartiles: tuple[float, float] | None = None
+    over_graph: float | None = None  # this provider's time / that of ours in a CUDA graph, as the speedup
     images: int | None = None  # of one call, for networks
     ran: str | None = None  # what ours ran on: "triton" or "torch"
+    untested: str | None = None  # of what ours stands on: operators, ..., whose tests were not through
     error: float | None = None  # |result - expected| / |expected|, against PyTorch in fp32 or wider
     peak_bytes: int | None = None  # of the device's memory during a training step, over what was there before
     saved_bytes: int | None = None  # kept from forward to backward, parameters left out

@@ -12,12 +12,15 @@ from benchmarks import networks, probes
 from benchmarks.contest import Contest
 from benchmarks.networks import OTHERS, NetworkCase
 from benchmarks.operators import OPERATORS, Case
-from benchmarks.results import OURS
+from benchmarks.results import OURS, OURS_GRAPH
 
 MAPS = (56, 28, 14, 7)
 WIDTHS = {"T": (96, 192, 384, 768), "B": (128, 256, 512, 1024), "L": (192, 384, 768, 1536)}  # S has those of T
 OPERATOR_BATCH = 128
 PYTORCH = ("eager", "channels_last", "compile")
+LARGE = 13  # beyond it PyTorch's convolutions take long, and few rounds say enough
+# Who takes part where an image or a few are waited for.
+LATENCY = {"first": (OURS, OURS_GRAPH), "pytorch": ("reduce_overhead", "compile", "channels_last", "timm")}
 DEPTHWISE = ("depthwise_forward", "depthwise_input_gradient", "depthwise_weight_gradient")
 NORM_LINEAR = ("layer_norm_linear_forward", "layer_norm_linear_training")
 BLOCK = ("block_forward", "block_training")
@@ -28,7 +31,7 @@ class Visit(NamedTuple):
 
     contest: Contest
     providers: tuple[str, ...]
-    again: bool  # ours has been measured before, and is there for the ratio only
+    again: bool  # ours has been measured before, in a CUDA graph as well, and is there for the ratio only
 
     def __str__(self) -> str:
         return f"{self.contest} ({', '.join(self.providers)})"
@@ -45,8 +48,8 @@ def visits(contests: Iterable[Contest]) -> list[Visit]:
     """Every contest once, and after all of them those again that have providers that come late."""
     contests = list(contests)
     first = [Visit(c, tuple(p for p in c.providers if p not in c.late), False) for c in contests]
-    second = [Visit(c, (OURS, *(p for p in c.providers if p in c.late)), True) for c in contests]
-    return first + [visit for visit in second if len(visit.providers) > 1]
+    second = [Visit(c, tuple(p for p in c.providers if p in (OURS, OURS_GRAPH, *c.late)), True) for c in contests]
+    return first + [visit for visit in second if any(p in visit.contest.late for p in visit.providers)]
 
 
 def _for_gpu(quick: bool) -> Iterator[Contest]:
@@ -55,22 +58,25 @@ def _for_gpu(quick: bool) -> Iterator[Contest]:
     yield from _depthwise("T", 7, stages=(0, 2) if quick else range(4), providers=(OURS, *PYTORCH, "max_autotune"))
     yield _network("convnext_tiny", 256, "amp_bf16", training=True, more=("max_autotune", *OTHERS))
     yield _network("convnext_tiny", 256, "bf16", more=("max_autotune", *OTHERS))
-    yield from (probes.host(name, training) for name in OPERATORS for training in (False, True))
     blocks = [Case(32, c, size, size, kernel=(7, 7)) for c, size in zip(WIDTHS["T"], MAPS, strict=True)]
-    yield from map(probes.memory_of_block, blocks[:1] if quick else blocks)
+    host = [probes.host(name, training) for name in OPERATORS for training in (False, True)]
     if quick:
+        yield from host
+        yield from map(probes.memory_of_block, blocks[:1])
         yield from _depthwise("T", 13, stages=(0,))
         return
-    for kernel in (9, 13, 31):
-        yield from _depthwise("T", kernel)
     yield from _maps("block", BLOCK, (OURS, *PYTORCH, "max_autotune"), kernel=(7, 7))
-    yield from _maps("norm_linear", NORM_LINEAR, (OURS, "eager", "compile", "max_autotune"))
-    yield _network("convnext_tiny", 1, "bf16", first=(OURS, "ours_graph"), more=("max_autotune",))
-    yield _network("convnext_tiny", 32, "bf16", first=(OURS, "ours_graph"))
-    yield from (probes.variants(training) for training in (False, True))
+    for kernel in (13, 31, 9):
+        yield from _depthwise("T", kernel)
+    yield from map(probes.memory_of_block, blocks)
     yield probes.memory_of_network("convnext_tiny", 224, 64, "amp_bf16")
-    yield from _other_networks()
+    yield _network("convnext_tiny", 1, "bf16", more=("max_autotune",), **LATENCY)
+    yield from (probes.variants(training) for training in (False, True))
     yield probes.cold_start("convnext_tiny", 224, 32)
+    yield from host
+    yield from _maps("norm_linear", NORM_LINEAR, (OURS, "eager", "compile", "max_autotune"))
+    yield _network("convnext_tiny", 32, "bf16", **LATENCY)
+    yield from _other_networks()
     for kernel in (3, 5, 11, 21):
         yield from _depthwise("T", kernel)
     for dtype in ("fp16", "fp32"):
@@ -86,15 +92,16 @@ def _for_gpu(quick: bool) -> Iterator[Contest]:
 def _other_networks() -> Iterator[Contest]:
     models = ("convnextv2_tiny", "convnext_base", "convnext_large", "convnext_small")
     for model, n in zip(models, (256, 128, 64, 128), strict=True):
-        yield _network(model, n, "amp_bf16", training=True)
-        yield _network(model, 256, "bf16")
+        more = ("max_autotune",) if model == "convnext_base" else ()
+        yield _network(model, n, "amp_bf16", training=True, more=more)
+        yield _network(model, 256, "bf16", more=more)
     for size, n in ((384, 64), (288, 128), (160, 256)):
         yield _network("convnext_tiny", n, "bf16", size=size)
         yield _network("convnext_tiny", n, "amp_bf16", size=size, training=True)
     yield _network("convnext_tiny", 256, "bf16", training=True)
     for model in models:
         for n in (1, 32):
-            yield _network(model, n, "bf16", first=(OURS, "ours_graph"))
+            yield _network(model, n, "bf16", **LATENCY)
 
 
 def _for_cpu(quick: bool) -> Iterator[Contest]:
@@ -143,9 +150,13 @@ def _depthwise(
     stages: Iterable[int] = range(4),
     dtype: str = "bf16",
     n: int = OPERATOR_BATCH,
-    providers: tuple[str, ...] = (OURS, *PYTORCH),
+    providers: tuple[str, ...] | None = None,
     **options,
 ) -> Iterator[Contest]:
+    if providers is None:  # of one convolution, torch.compile makes what channels_last runs
+        providers = (OURS, *PYTORCH) if kernel == 7 else (OURS, "eager", "channels_last")
+    if kernel > LARGE:
+        options = {"limit": 30.0, "rounds": (3, 50), **options}
     yield from _maps("depthwise", DEPTHWISE, providers, (kernel, kernel), stages, dtype, n, family, **options)
 
 
@@ -173,7 +184,7 @@ def _network(
     size: int = 224,
     training: bool = False,
     first: tuple[str, ...] = (OURS, "ours_compile"),
-    pytorch: tuple[str, ...] = ("channels_last", "timm", "ours_timm", "compile", "timm_compile", "eager"),
+    pytorch: tuple[str, ...] = ("timm_compile", "compile", "channels_last", "timm", "ours_timm", "eager"),
     more: tuple[str, ...] = (),
     **options,
 ) -> Contest:

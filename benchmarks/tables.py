@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.headline import COMPOSITIONS, DEPTHWISE, NETWORKS, measured, of, providers
-from benchmarks.results import OURS, Row, by_contest
+from benchmarks.headline import COMPOSITIONS, DEPTHWISE, GRAPHS, NETWORKS, measured, of, providers
+from benchmarks.results import OURS, OURS_GRAPH, Row, by_contest
 
 NONE = "–"
 MIB = 2**20
@@ -51,7 +51,7 @@ def suite_table(suite: str, rows: list[Row]) -> list[str]:
     """Lines of Markdown: the table of a suite, then what has no number and why, notes, methods, errors."""
     shape = SHAPES.get(suite, Shape(everything, ()))
     lines = shape.table(suite, rows)
-    known = {*KEY, "status", "note", "method", "error", *shape.shown}
+    known = {*KEY, "status", "note", "untested", "method", "error", *shape.shown}
     more = [name for name in _fields(rows) if name not in known]
     if shape.shown and more:
         lines += ["", "Besides:", "", *everything(suite, [row for row in rows if _any(row, more)], more)]
@@ -61,6 +61,9 @@ def suite_table(suite: str, rows: list[Row]) -> list[str]:
     ]
     reasons = {row.key: "ok, but without a number" if row.ok else row.status for row in silent}
     lines += _section("No number:", _grouped(silent, rows, lambda row: reasons[row.key]))
+    lines += _section("In CUDA graphs, against ours in one:", _in_graphs(rows))
+    marked = [row for row in rows if row.untested]
+    lines += _section("Tests were not through, of:", _grouped(marked, rows, lambda row: row.untested))
     lines += _section("Notes:", _grouped([row for row in rows if row.note], rows, lambda row: row.note))
     lines += _section("", _methods(rows) + _errors(rows))
     return lines
@@ -227,6 +230,17 @@ def _grouped(some: list[Row], every: list[Row], text: Callable[[Row], str]) -> l
     return lines
 
 
+def _in_graphs(rows: list[Row]) -> list[str]:
+    """Where a network waits for Python, graphs are what is to be compared with graphs."""
+    lines = []
+    for (_, case, dtype), contest in by_contest(rows).items():
+        peers = [row for row in contest if row.provider in GRAPHS and measured(row, "over_graph") is not None]
+        if peers:
+            said = ", ".join(f"{row.provider} / {OURS_GRAPH} {number(row.over_graph)}" for row in peers)
+            lines.append(f"- {plain(case)} {dtype}: {said}")
+    return lines
+
+
 def _methods(rows: list[Row]) -> list[str]:
     said = {
         "graph": "a CUDA graph, time of the GPU",
@@ -260,7 +274,17 @@ _ONE_TIME = ("median_us", "spread", "samples", "images")
 _TIMED = Shape(
     times,
     ("median_us",),
-    (*_ONE_TIME, "fraction_of_floor", "floor_us", "speedup", "speedup_quartiles", "ran", "bytes", "flops"),
+    (
+        *_ONE_TIME,
+        "fraction_of_floor",
+        "floor_us",
+        "speedup",
+        "speedup_quartiles",
+        "over_graph",
+        "ran",
+        "bytes",
+        "flops",
+    ),
 )
 SHAPES = {
     **dict.fromkeys([*DEPTHWISE, *COMPOSITIONS, *NETWORKS], _TIMED),

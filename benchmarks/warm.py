@@ -66,6 +66,6 @@ def compiled(visits: Iterable[Visit]) -> list[tuple[Contest, str]]:
         for place, visit in enumerate(visits)
         if not visit.again and visit.contest.costs
         for provider in visit.providers
-        if provider.endswith("compile")
+        if provider.endswith("compile") or provider == "reduce_overhead"
     ]
     return [(contest, provider) for _, contest, provider in sorted(found, key=lambda item: item[0])]

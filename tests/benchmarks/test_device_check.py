@@ -1,6 +1,6 @@
-"""The device check without a GPU: its judgement on tests, its order, its limits, and how it goes on after a stop."""
+"""The device check without a GPU: its order, its limits, how it goes on after a stop, and what tests have to say."""
 
-import contextlib
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,8 +10,8 @@ import time
 import pytest
 
 from benchmarks import device_check, suites
-from benchmarks.device_check import judge, run_benchmarks, run_tests, why_refused
-from benchmarks.machine import ROOT
+from benchmarks.device_check import run_benchmarks
+from benchmarks.machine import ROOT, Machine
 from benchmarks.results import Results
 from benchmarks.runner import Runner
 from tests.benchmarks import toys
@@ -20,113 +20,6 @@ META = {
     "gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "cudnn": 9, "commit": "abc", "date": "2026-01-01",
     "device": "cuda", "quick": False,
 }  # fmt: skip
-PYTEST = """
-============================= test session starts ==============================
-tests/gpu/test_depthwise_gpu.py::test_exact[bf16 7×7] PASSED             [ 10%]
-tests/gpu/test_depthwise_gpu.py::test_exact[fp32 7×7 PASSED by] FAILED   [ 20%]
-tests/gpu/test_norm_linear_gpu.py::test_exact[a] PASSED                  [ 30%]
-tests/gpu/test_norm_linear_gpu.py::test_exact[b] SKIPPED (no reason)     [ 30%]
-tests/gpu/test_launches_gpu.py::test_streams PASSED                      [ 40%]
-tests/gpu/test_launches_gpu.py::test_devices ERROR                       [ 50%]
-tests/gpu/test_timing_gpu.py::test_sleep FAILED                          [ 60%]
-FAILED tests/gpu/test_depthwise_gpu.py::test_exact[fp32 7×7] - AssertionError
-""".splitlines()
-
-
-def test_judgement_of_each_operator():
-    assert judge(PYTEST, [1, 1]) == {
-        "depthwise": "failed: 1 of 2, test_exact[fp32 7×7 PASSED by]",
-        "norm_linear": "passed: 1",
-        "all": "failed: 1 of 2, test_devices",
-        "timing": "failed: 1 of 1, test_sleep",
-    }
-
-
-def test_judgement_of_tests_that_were_not_through():
-    alone = {"alone": "unfinished: those that need the GPU for themselves"}
-    assert judge([PYTEST[4]], [None, None]) == {"norm_linear": "unfinished: 1", **alone}
-    assert judge([PYTEST[4]], [0, None]) == {"norm_linear": "passed: 1", **alone}
-    assert judge(PYTEST[2:4], [None, None]) == {"depthwise": "failed: 1 of 2, test_exact[fp32 7×7 PASSED by]", **alone}
-    assert judge([], [None, None]) == {"all": "unfinished: 0", **alone}
-
-
-def test_judgement_of_tests_that_crashed_or_did_not_begin():
-    """What no line tells: a segmentation fault after tests that passed, a file that cannot be imported, none at all."""
-    assert judge([PYTEST[4]], [-11, 0]) == {
-        "norm_linear": "passed: 1",
-        "all": "failed: pytest ended with exit code -11",
-    }
-    assert judge(["ERROR collecting tests/gpu/test_depthwise_gpu.py"], [2, 5]) == {
-        "all": "failed: pytest ended with exit code 2"
-    }
-    assert judge(["no tests ran in 0.1 s"], [5, 5]) == {"all": "failed: no test ran"}
-    assert judge([PYTEST[4]], [0, 5]) == {"norm_linear": "passed: 1"}
-    assert judge([PYTEST[4]], [1, 0]) == {"norm_linear": "passed: 1", "all": "failed: pytest ended with exit code 1"}
-
-
-def test_failed_tests_refuse_what_stands_on_them():
-    results = Results(META)
-    results.tests = {"depthwise": "failed: 1 of 2, test_exact", "norm_linear": "passed: 7"}
-    assert why_refused(results, ("norm_linear",)) is None
-    assert why_refused(results, ("depthwise",)) == "refused: tests of depthwise failed: 1 of 2, test_exact"
-    assert why_refused(results, ("norm_linear", "depthwise")).startswith("refused")
-    results.tests = {"all": "failed: 1 of 2, test_devices"}
-    assert why_refused(results, ("norm_linear",)).startswith("refused: tests of all")
-    results.tests = {"timing": "failed: 1 of 1, test_sleep"}
-    assert why_refused(results, ("depthwise",)) is None
-    assert not device_check.is_right(results)
-    results.tests = {"all": "unfinished: 12"}
-    assert why_refused(results, ("depthwise",)) is None
-
-
-def write_tests(folder, body):
-    folder.mkdir()
-    (folder / "test_depthwise_gpu.py").write_text(f"import pytest, time\npytestmark = pytest.mark.gpu\n{body}")
-    return folder
-
-
-ALONE = "@pytest.mark.alone\n"
-
-
-def test_tests_are_run_and_judged(tmp_path):
-    """Those that need the GPU for themselves when nobody is there any more."""
-    seen = tmp_path / "seen"
-    note = f"open({str(seen)!r}, 'a').write('%s\\n')"
-    body = f"def test_good(): {note % 'good'}\n{ALONE}def test_bad(): {note % 'alone'}; assert False\n"
-    folder = write_tests(tmp_path / "gpu", body)
-    results, said = Results(META, tmp_path / "r.json"), []
-
-    @contextlib.contextmanager
-    def meanwhile():
-        seen.write_text("begin\n")
-        yield
-        with seen.open("a") as file:
-            file.write("end\n")
-
-    run_tests(results, tmp_path / "log", 60, said.append, meanwhile(), folder)
-    assert results.tests == {"depthwise": "failed: 1 of 2, test_bad"}
-    assert said == ["tests", "tests of depthwise: failed: 1 of 2, test_bad"]
-    assert Results.read(tmp_path / "r.json").tests == results.tests
-    assert seen.read_text().split() == ["begin", "good", "end", "alone"]
-
-
-def test_tests_that_cannot_be_imported_are_a_failure(tmp_path):
-    folder = write_tests(tmp_path / "gpu", "import a_module_that_is_not_there\n")
-    results = Results(META)
-    run_tests(results, tmp_path / "log", 60, lambda line: None, contextlib.nullcontext(), folder)
-    assert results.tests == {"depthwise": "failed: 2 of 2, the file cannot be imported"}
-    assert why_refused(results, ("depthwise",))
-
-
-def test_tests_have_a_limit(tmp_path):
-    folder = write_tests(tmp_path / "gpu", "def test_good(): pass\ndef test_hangs(): time.sleep(1000)\n")
-    results = Results(META)
-    start = time.monotonic()
-    run_tests(results, tmp_path / "log", 6, lambda line: None, contextlib.nullcontext(), folder)
-    assert time.monotonic() - start < 30
-    assert results.tests["depthwise"] == "unfinished: 1"
-    assert not device_check.is_right(results)
-
 
 # Benchmarks
 
@@ -187,6 +80,91 @@ def test_speeds_are_taken_back_when_tests_fail_and_come_again_when_they_pass(tmp
     assert contests_of(run(stored, contests)) == ["one is late", "one is late"]  # the late one for its ratio
     assert row(stored, "one is late", "ours").ok
     assert row(stored, "one is late", "slower").speedup == pytest.approx(3.0, rel=0.25)
+
+
+def test_what_part_of_ours_is_refused(tmp_path):
+    """Where tests of ``accelerate`` fail, networks that were accelerated; all others are as fast as they are."""
+    results = Results(META, tmp_path / "r.json")
+    results.tests = {"accelerate": "failed: 1 of 2, test_exact"}
+    contest = toys.contest("ours", "slower", case="besides", needs_besides={"ours": ("accelerate",)})
+    put = dataclasses.replace(CONTESTS["one is late"], needs_besides={"ours_timm": ("accelerate",)})
+    (visit,) = suites.visits([contest])
+    assert device_check._waiting(results, visit, retry=True) == ("slower",)
+    device_check._judge_again(results, visit)
+    assert row(results, "besides", "ours").status == "refused: tests of accelerate failed: 1 of 2, test_exact"
+    assert device_check._waiting(results, suites.visits([put])[0], retry=False) == ("ours", "slower")
+
+
+def test_speeds_of_what_is_not_tested_are_marked(tmp_path):
+    """In the row, in the table; and no longer when the tests are through."""
+    results = Results(META, tmp_path / "r.json")
+    results.tests = {"depthwise": "unfinished: 0", "all": "passed: 3"}
+    contests = [CONTESTS["one is late"]]
+    run(results, contests)
+    assert row(results, "one is late", "ours").untested == "depthwise"
+    assert row(results, "one is late", "slower").untested is None
+    text = device_check.table(results)
+    assert "tests of depthwise: unfinished: 0" in text
+    (line,) = [line for line in text.splitlines() if "slower" in line]
+    assert line.endswith("; TESTS NOT THROUGH: depthwise")
+    assert not device_check.is_right(results)
+    stored = Results.read(tmp_path / "r.json")
+    assert row(stored, "one is late", "ours").untested == "depthwise"
+    stored.tests = {"depthwise": "passed: 5"}
+    before = row(stored, "one is late", "ours")
+    assert run(stored, contests) == []
+    assert row(Results.read(tmp_path / "r.json"), "one is late", "ours") == dataclasses.replace(before, untested=None)
+    assert "NOT THROUGH" not in device_check.table(stored)
+
+
+def test_late_providers_are_measured_beside_our_graph(tmp_path):
+    """The ratio that counts where a network waits for Python is that of two graphs."""
+    results = Results(META, tmp_path / "r.json")
+    contest = CONTESTS["in graphs"]
+    assert [visit.providers for visit in suites.visits([contest])] == [
+        ("ours", "ours_graph", "reduce_overhead"),
+        ("ours", "ours_graph", "max_autotune"),
+    ]
+    run(results, [contest])
+    assert row(results, "in graphs", "reduce_overhead").over_graph == pytest.approx(2.0, rel=0.25)
+    assert row(results, "in graphs", "max_autotune").over_graph == pytest.approx(4.0, rel=0.25)
+    assert row(results, "in graphs", "max_autotune").speedup == pytest.approx(6.0, rel=0.25)
+    assert row(results, "in graphs", "ours_graph").over_graph is None
+    for most in (40, 0):  # it is told however many contests come before it
+        lines = device_check.table(results, most).splitlines()
+        (words,) = [line.split() for line in lines if "in CUDA graphs" in line]
+        assert words[:7] == ["depthwise_forward", "in", "graphs", "fp32", "in", "CUDA", "graphs"]
+        assert float(words[7]) == pytest.approx(3000, rel=0.25)
+        assert [words[8], words[10]] == ["reduce_overhead", "max_autotune"]
+
+
+def test_tests_run_once_unless_asked_for(monkeypatch, tmp_path):
+    """And for no longer than some minutes, however many there are."""
+    asked = []
+
+    class Cuda:
+        is_cuda, device = True, "cuda"
+
+    def tests(results, log, seconds, say, warmer):
+        asked.append(seconds)
+        results.tests = {"depthwise": "unfinished: 2"}
+
+    monkeypatch.setattr(device_check, "run_tests", tests)
+    monkeypatch.setattr(device_check, "run_benchmarks", lambda *arguments, **options: None)
+    results = Results(META)
+
+    def check(*more):
+        arguments = device_check._arguments(["--out", str(tmp_path), *more])
+        device_check._measure(arguments, Cuda(), results, time.monotonic(), lambda line: None)
+        return asked[-1]
+
+    assert check("--minutes", "8") == pytest.approx(0.4 * 8 * 60)
+    check()
+    assert len(asked) == 1
+    assert check("--retry", "--minutes", "20") == 240
+    results.tests = {"all": "skipped: as asked"}
+    check()
+    assert len(asked) == 3
 
 
 def test_what_is_left_is_in_the_file_all_the_time(tmp_path):
@@ -265,6 +243,14 @@ def test_who_hung_is_not_waited_for_again_unless_asked_to(tmp_path):
     assert contests_of(run(results, [contest], retry=True)) == ["one hangs"]
     assert row(results, contest.case, "hangs").status.startswith("timeout")
     assert without < 60
+
+
+def test_table_says_where_ours_was_not_what_it_is_taken_for(tmp_path):
+    results, note = Results(META), "not on tensor cores: Triton 3 does not compile a kernel"
+    for case in ("a case", "one is late"):
+        results.put(CONTESTS[case].row("ours", median_us=12.5, note=note))
+    results.put(CONTESTS["one dies"].row("ours", median_us=12.5, note="another"))
+    assert f"ours, 2 rows: {note}" in device_check.table(results).splitlines()
 
 
 def test_table(tmp_path):
@@ -377,6 +363,16 @@ def test_killed_at_any_moment_it_leaves_what_was_measured(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ceilings: copy" not in done.stdout  # that was done
     assert Results.read(path).left == []
+
+
+def test_a_new_check_takes_no_tests_from_an_old_log(tmp_path):
+    (tmp_path / "tests.log").write_text("tests/gpu/test_depthwise_gpu.py::test_exact[a] PASSED\n")
+    arguments = device_check._arguments(["--out", str(tmp_path), "--device", "cpu"])
+    device_check._results(arguments, Machine("cpu"))
+    assert not (tmp_path / "tests.log").exists()
+    (tmp_path / "tests.log").touch()
+    device_check._results(arguments, Machine("cpu"))  # the same check goes on
+    assert (tmp_path / "tests.log").exists()
 
 
 def test_bad_arguments(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 import convnext_fast
 import dwconv_kernels as dk
-from benchmarks import networks
+from benchmarks import headline, networks
 from benchmarks.contest import Wrong
 from benchmarks.machine import Machine
 from benchmarks.networks import NetworkCase
@@ -89,9 +89,20 @@ def test_without_timm_there_is_a_reason(monkeypatch):
         networks.contest(INFERENCE, ("timm",)).begin(Machine("cpu"))("timm")
 
 
-def test_max_autotune_is_for_gpus():
-    with pytest.raises(networks.Unavailable, match="for GPUs"):
-        networks.contest(INFERENCE, ("max_autotune",)).begin(Machine("cpu"))("max_autotune")
+@pytest.mark.parametrize("provider", networks.MODES)
+def test_cuda_graphs_of_torch_compile_are_for_gpus(provider):
+    assert provider in headline.GRAPHS
+    with pytest.raises(networks.Unavailable, match="is for GPUs"):
+        networks.contest(INFERENCE, (provider,)).begin(Machine("cpu"))(provider)
+
+
+@pytest.mark.parametrize(("provider", "mode"), networks.MODES.items())
+def test_modes_of_torch_compile(provider, mode, compiled):
+    class Cuda:
+        is_cuda = True
+
+    networks._compiled(torch.nn.Identity(), provider, Cuda())
+    assert compiled == [{"mode": mode, "dynamic": False}]
 
 
 def test_a_wrong_network_has_no_speed(monkeypatch):
@@ -149,7 +160,9 @@ def test_a_training_step_is_forward_backward_and_optimizer(monkeypatch):
 
 
 def test_networks_stand_on_all_operators():
-    assert networks.contest(TRAINING).needs == ("depthwise", "norm_linear", "block")
+    contest = networks.contest(TRAINING)
+    assert contest.needs_of("ours") == ("depthwise", "norm_linear", "block", "training")
+    assert contest.needs_of("ours_timm") == (*contest.needs, "accelerate")
 
 
 def test_bytes_of_every_layer():

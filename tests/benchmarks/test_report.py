@@ -102,6 +102,37 @@ def test_readme_block_hides_neither_failure_nor_fallback(tmp_path):
     assert row["of the floor"] == "60 % to 80 % (3 of 4)"
 
 
+def test_readme_block_and_tables_say_what_is_not_tested_or_not_on_tensor_cores(tmp_path):
+    rows = synthetic.depthwise()
+    note = "not on tensor cores: Triton 3 does not compile a kernel"
+    rows[0] = dataclasses.replace(rows[0], untested="all, depthwise", note=note)
+    results = synthetic.results(tmp_path, rows)
+    results.tests = {"depthwise": "unfinished: 0", "block": "passed: 3"}
+    block, text = readme_block(results), report.markdown(results)
+    assert "**tests of depthwise unfinished: 0**" in block.splitlines()[0]
+    assert "**tests of depthwise unfinished: 0**" in text
+    (row,) = table_of(block)
+    assert row["ours"].endswith(" µs, not on tensor cores, tests not through")
+    assert "Tests were not through, of:\n\n- ours, `all, depthwise`, 1 of 4 cases: C=96 56×56 7×7 N=128 bf16" in text
+    assert f"- ours, `{note}`, 1 of 4 cases: C=96" in text
+    assert "Besides" not in text
+
+
+def test_cuda_graphs_are_compared_with_ours_in_one(tmp_path):
+    ours = dataclasses.replace(synthetic.network("model_inference", 800.0, n=1)[0], dtype="bf16")
+    graph = synthetic.peer(ours, "ours_graph", 0.5, fraction_of_floor=0.25)
+    others = [synthetic.peer(ours, name, 1.0, over_graph=2.0) for name in ("reduce_overhead", "compile")]
+    rows = [*synthetic.everything(), ours, graph, *others]
+    results = synthetic.results(tmp_path, rows)
+    block, text = readme_block(results), report.markdown(results)
+    assert len(block.splitlines()) <= report.LINES
+    (row,) = [row for row in table_of(block) if row[""].endswith("in CUDA graphs")]
+    assert list(row.values()) == [
+        "Networks, inference, convnext_tiny 224 N=1, in CUDA graphs", "bf16", "400 µs", "25 %", "reduce_overhead 2.00",
+    ]  # fmt: skip
+    assert "- convnext_tiny 224 N=1 bf16: reduce_overhead / ours_graph 2.00\n" in text
+
+
 def test_readme_block_of_a_cpu_says_so_first(tmp_path):
     block = readme_block(synthetic.results(tmp_path, synthetic.network(), synthetic.CPU | {"quick": True}))
     assert block.startswith("**CPU: says nothing of a GPU** · CPU Some Processor · PyTorch 2.13.0")

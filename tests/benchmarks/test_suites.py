@@ -1,5 +1,6 @@
 """The plan: what the claims of the package need is in it, once, and what is most important comes first."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from torch._functorch import config
 from benchmarks import suites
 from benchmarks.contest import Entry
 from benchmarks.machine import Machine
-from benchmarks.operators import DTYPES, LATE, OPERATORS, Case
+from benchmarks.operators import DTYPES, LATE, OPERATORS, Case, fallback
 from benchmarks.results import OURS, STATUSES
 from tests.benchmarks import toys
 
@@ -65,14 +66,54 @@ def test_gpu_plan_has_what_is_asked_of_it():
 
 
 def test_order_of_importance():
-    order = [contest.key for contest in suites.plan(cuda=True)]
-    place = {key: i for i, key in enumerate(order)}
-    seven = place["depthwise_forward", "C=96 56×56 7×7 N=128", "bf16"]
-    tiny = place["model_training", "convnext_tiny 224 N=256", "amp_bf16"]
-    thirteen = place["depthwise_forward", "C=96 56×56 13×13 N=128", "bf16"]
-    large = place["model_training", "convnext_large 224 N=64", "amp_bf16"]
+    """What the package claims first: in a short run there is no time for the rest."""
+    order = list(dict.fromkeys(contest.key for contest in suites.plan(cuda=True)))
+    seven, thirteen, large, nine = (f"C=96 56×56 {k}×{k} N=128" for k in (7, 13, 31, 9))
+    wanted = [
+        ("depthwise_forward", seven, "bf16"),
+        ("depthwise_weight_gradient", seven, "bf16"),
+        ("model_training", "convnext_tiny 224 N=256", "amp_bf16"),
+        ("model_inference", "convnext_tiny 224 N=256", "bf16"),
+        ("block_forward", seven, "bf16"),
+        *(("depthwise_forward", case, "bf16") for case in (thirteen, large, nine)),
+        ("memory", "block C=96 56×56 7×7 N=32", "bf16"),
+        ("memory", "convnext_tiny 224 N=64", "amp_bf16"),
+        ("model_inference", "convnext_tiny 224 N=1", "bf16"),
+        ("variants", "depthwise forward C=80 7×7, 200 random sizes", "bf16"),
+        ("cold_start", "convnext_tiny 224 N=32", "amp_bf16"),
+        ("host", "depthwise forward", "bf16"),
+        ("layer_norm_linear_forward", "C=96 56×56 N=128", "bf16"),
+        ("model_inference", "convnext_tiny 224 N=32", "bf16"),
+        ("model_training", "convnext_large 224 N=64", "amp_bf16"),
+        ("depthwise_forward", "C=96 56×56 3×3 N=128", "bf16"),
+        ("depthwise_forward", seven, "fp32"),
+        ("depthwise_forward", "C=192 56×56 31×31 N=128", "bf16"),
+    ]
+    places = [order.index(key) for key in wanted]
     assert order[0][0] == "ceilings"
-    assert seven < tiny < thirteen < large < place["depthwise_forward", "C=192 56×56 31×31 N=128", "bf16"]
+    assert places == sorted(places)
+
+
+def test_who_takes_part_in_what():
+    found = keys(cuda=True)
+    for key, contest in found.items():
+        if key[0] in suites.DEPTHWISE:
+            assert ("compile" in contest.providers) == key[1].endswith(" 7×7 N=128")
+            large = any(f" {k}×{k} " in key[1] for k in (21, 31))
+            assert (contest.limit, contest.rounds) == ((30.0, (3, 50)) if large else (60.0, (5, 50)))
+        if key[0] == "model_inference":
+            waited_for = key[1].endswith((" N=1", " N=32"))
+            assert {"ours_graph", "reduce_overhead"} <= set(contest.providers) or not waited_for
+            assert waited_for or contest.providers[1:4] == ("ours_compile", "timm_compile", "compile")
+        if key[0] in ("model_training", "model_inference"):
+            assert contest.limit == 240
+            assert "reduce_overhead" not in contest.late
+    for key in (
+        ("model_training", "convnext_base 224 N=128", "amp_bf16"),
+        ("model_inference", "convnext_base 224 N=256", "bf16"),
+    ):
+        assert "max_autotune" in found[key].providers
+        assert "max_autotune" in found[key].late
 
 
 def test_quick_is_a_part():
@@ -85,7 +126,8 @@ def test_visits_are_all_of_the_plan_with_late_providers_last():
     visits = suites.visits(contests)
     seen = {}
     for visit in visits:
-        seen.setdefault(visit.contest.key, []).extend(p for p in visit.providers if not (visit.again and p == OURS))
+        late = visit.contest.late
+        seen.setdefault(visit.contest.key, []).extend(p for p in visit.providers if not visit.again or p in late)
     assert {contest.key: set(contest.providers) for contest in contests} == {key: set(p) for key, p in seen.items()}
     assert all(len(providers) == len(set(providers)) for providers in seen.values())
     again = [visit.again for visit in visits]
@@ -109,6 +151,27 @@ def test_every_provider_of_every_operator_is_right(operator, dtype):
             assert isinstance(entry, Entry)
             assert entry.facts["error"] <= 0.75 * row.tolerance[dtype]
         assert prepare(OURS).facts["ran"] == "torch"
+
+
+def test_who_does_not_run_on_tensor_cores_says_so(monkeypatch):
+    """Where kernels are there, but Triton has not compiled those that a case was to run on."""
+    launch = pytest.importorskip("dwconv_kernels.depthwise.launch")
+    row = OPERATORS["depthwise"]
+    seven, three = (Case(1, 96, 7, 7, kernel=(k, k)) for k in (7, 3))
+    monkeypatch.setattr(launch.tensor, "_refusals", {})
+    assert fallback(seven) is fallback() is None
+    assert launch.config.on_tensor_cores("bf16", 7, 7, (1, 1), (1, 1), 96, False)
+    launch.tensor._refusals[launch.tensor._STREAM] = "Triton 0 does not compile it"
+    said = "not on tensor cores: Triton 0 does not compile it"
+    assert fallback(seven) == fallback() == said
+    assert fallback(three) is fallback(seven._replace(kernel=None)) is None
+    assert fallback(seven._replace(dtype="fp32")) is None
+    monkeypatch.setitem(OPERATORS, "depthwise", dataclasses.replace(row, supports=lambda case, **_: (True, "")))
+    facts = OPERATORS["depthwise"].contest("depthwise_forward", seven, (OURS,)).begin(Machine("cpu"))(OURS).facts
+    assert (facts["ran"], facts["note"]) == ("triton", said)
+    monkeypatch.setattr(launch, "tensor", None)
+    monkeypatch.setattr(launch, "_NO_GLUON", "there is no Gluon", raising=False)
+    assert fallback(seven) == fallback() == "not on tensor cores: there is no Gluon"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
