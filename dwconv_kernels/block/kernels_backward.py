@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..norm_linear.kernels_backward import _sum_of_parts
 from ..norm_linear.tiles import _halves, _matrix, _standardised, _tile, _vector
-from ..primitives import gelu, gelu_derivative
+from ..primitives import gelu, gelu_derivative, times
 from .tiles import _affine, _all_dropped, _row_factors
 
 
@@ -217,7 +217,7 @@ def _finish_hidden(
     u = product + bias
     if STORE_H:
         tl.store(h_ptr + offs, gelu(u, dtype).to(dtype), mask=mask)
-    du = dh * gelu_derivative(u, dtype)
+    du = times(dh, gelu_derivative(u, dtype), dtype)
     tl.store(du_ptr + offs, du.to(dtype), mask=mask)
     if PARTIALS:
         tl.store(partials_ptr + k, tl.sum(du, 0), mask=mask_k)
@@ -225,7 +225,7 @@ def _finish_hidden(
         du = du.to(dtype).to(tl.float32)  # g is made of what was stored, and so are the sums of its rows
         s = _vector(vectors_ptr, k, D, True, 0.0, WHOLE)[None, :]
         t = _vector(vectors_ptr + D, k, D, True, 0.0, WHOLE)[None, :]
-        return tl.sum(du * s, 1), tl.sum(du * (product - t), 1)
+        return tl.sum(times(du, s, dtype), 1), tl.sum(times(du, product - t, dtype), 1)
     else:
         return 0.0, 0.0
 
@@ -316,7 +316,7 @@ def _block_bwd_finish_kernel(
         tl.store(dfc2_ptr + offs, dfc2.to(dfc2_ptr.dtype.element_ty), mask=mask)
     if SCALE_PARTS:
         fc2 = tl.load(fc2_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(scale_parts_ptr + block_k * C + c, tl.sum(fc2 * q, 0), mask=c < C)
+        tl.store(scale_parts_ptr + block_k * C + c, tl.sum(times(fc2, q, tl.float32), 0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["scale_parts", "sum_parts"])

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..norm_linear.tiles import _tile, _vector
-from ..primitives import gelu, gelu_derivative
+from ..primitives import gelu, gelu_derivative, times
 
 
 @triton.jit(do_not_specialize=["pixels", "images"])
@@ -104,7 +104,8 @@ def _block_grn_bwd_kernel(
     product = _tile(product_ptr, p * D, k, mask_p, mask_k)
     u = product + fc1_bias
     a = gelu(u, dtype).to(dtype).to(tl.float32)
-    du = (_tile(dh_ptr, p * D, k, mask_p, mask_k) * scale + a * direction) * gelu_derivative(u, dtype)
+    du = _tile(dh_ptr, p * D, k, mask_p, mask_k) * scale + a * direction
+    du = times(du, gelu_derivative(u, dtype), dtype)
     offs, mask = p[:, None] * D + k[None, :], mask_p[:, None] & mask_k[None, :]
     tl.store(product_ptr + offs, (a * scale + grn_bias).to(dtype), mask=mask)
     tl.store(dh_ptr + offs, du.to(dtype), mask=mask)
@@ -116,5 +117,5 @@ def _block_grn_bwd_kernel(
         t = _vector(vectors_ptr + D, k, D, True, 0.0, False)[None, :]
         rows = images.to(tl.int64) * pixels
         sums_ptr += tile.to(tl.int64) * 2 * rows + row
-        tl.store(sums_ptr + p, tl.sum(du * s, 1), mask=mask_p)
-        tl.store(sums_ptr + rows + p, tl.sum(du * (product - t), 1), mask=mask_p)
+        tl.store(sums_ptr + p, tl.sum(times(du, s, dtype), 1), mask=mask_p)
+        tl.store(sums_ptr + rows + p, tl.sum(times(du, product - t, dtype), 1), mask=mask_p)

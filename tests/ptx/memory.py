@@ -13,7 +13,6 @@ import numpy as np
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 HALF = 2  # bytes: what is looked after one by one in shared memory; no kernel of ours reads or writes single bytes
 NOBODY, SEVERAL = -1, -2
-CLOSE = 1e-5  # of fp32: sums that differ in their last bits
 
 
 class AccessError(Exception):
@@ -92,7 +91,6 @@ class SharedMemory:
         self.epoch = np.zeros(programs, np.int64)  # barriers that a program has passed
         self.written, self.writer = np.full(count, -1, np.int64), np.full(count, NOBODY, np.int32)
         self.read, self.reader = np.full(count, -1, np.int64), np.full(count, NOBODY, np.int32)
-        self.undecided = 0  # writes of a thread of a warp that another one's, at the same time, has replaced
         self.generic = np.zeros(count, bool)  # written by stores, not copies: wgmma needs a fence to see that
 
     def _flat(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -148,22 +146,8 @@ class SharedMemory:
         self.note_write(*self._halves(flat, lanes, size))
         memory = self.bytes.view(UNSIGNED[size])
         memory[flat // size] = values
-        other = memory[flat // size] != values
-        if other.any():
-            self._settle(flat[other], lanes[other], values[other], memory[flat[other] // size])
-
-    def _settle(self, flat: np.ndarray, lanes: np.ndarray, values: np.ndarray, stored: np.ndarray) -> None:
-        """Several threads wrote to one place, and not the same. Of a warp, the GPU lets one of them win.
-
-        That may be where a sum of all threads of a warp is made by shuffles and the first product is fused with an
-        addition: then threads have that sum with different last bits.
-        """
-        if values.itemsize == 4 and (self.writer[flat // HALF] == lanes // 32).all():
-            a, b = values.view(np.float32), stored.view(np.float32)
-            if (np.abs(a - b) <= CLOSE * np.abs(b).max()).all():
-                self.undecided += len(values)
-                return
-        raise AccessError("racecheck: threads write different values to the same place")
+        if (memory[flat // size] != values).any():
+            raise AccessError("racecheck: threads write different values to the same place")
 
     def begin_copy(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> None:
         """From here on, until the copy has been waited for, nobody else may touch these bytes."""

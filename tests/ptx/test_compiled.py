@@ -82,6 +82,30 @@ def test_rounding(case, arch):
         PROOFS[type(case)].prove_rounding(case, *more)
 
 
+SUMS_OVER_THREADS = [  # of which a thread has one product
+    NormLinearCase("fp16", (16,), 1, 64),
+    pytest.param(BlockCase("fp32", 1, 96, 2, 8, 64, 1, 1, arch=80, few=False), marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("case", SUMS_OVER_THREADS, ids=str)
+def test_a_sum_has_the_same_bits_in_every_thread(case):
+    """The machine refuses threads that write different values to one place, as then nobody knows which one stays."""
+    proofs = PROOFS[type(case)]
+    tensors, upstream = proofs.normal_operands(case)
+    with emulated(80):
+        proofs.on_kernels(case, tensors, upstream)
+    with emulated(80, _fused), pytest.raises(AccessError, match="different values"):
+        proofs.on_kernels(case, tensors, upstream)
+
+
+def _fused(text: str) -> str:
+    """With products whose rounding is not asked for, which a compiler fuses with the sums that they go to."""
+    for product, a, b in re.findall(r"mul\.rn\.f32 (%r\d+), (%r\d+), (%r\d+);", text):
+        text = re.sub(rf"add\.f32\s+(%r\d+), {product}, (%r\d+);", rf"fma.rn.f32 \1, {a}, {b}, \2;", text)
+    return text
+
+
 def test_what_runs_is_what_is_launched():
     """The kernels for tensor cores, of which the benchmarks' count of compiled variants has to know, too."""
     from benchmarks.probes import compiled_kernels
