@@ -143,7 +143,8 @@ MISTAKES = [
     Mistake("dγ and dβ swapped", BACKWARD, "_sum_of_parts(norm_parts_ptr + C, 2 * C,",
             "_sum_of_parts(norm_parts_ptr, 2 * C,", "resident"),
     Mistake("du not multiplied with gelu'", BACKWARD,
-            "du = times(du, gelu_derivative(product + bias[None, :], dtype), dtype)", "du *= 1.0 + 0.0 * bias[None, :]", "split"),
+            "du = times(du, gelu_derivative(product + bias[None, :], dtype), dtype)",
+            "du *= 1.0 + 0.0 * bias[None, :]", "split"),
     # Layouts
     Mistake("rows taken to have no gaps", LAUNCH, '"DENSE": self.stride == self.c', '"DENSE": True', "slice"),
     Mistake("one row taken for many", LAUNCH, "c if p == 1 or", "c if p > 1 or", "slice"),
