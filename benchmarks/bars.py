@@ -116,12 +116,15 @@ def rates(suite: str, case: str, dtype: str) -> Callable[[Results], Iterator[Fou
     return find
 
 
-def latencies(found: Results) -> Iterator[Found]:
-    """The time of a CUDA graph of ours, as a share of what torch.compile takes with its own."""
-    case = "convnext_tiny 224 N=1"
-    rows = [found.get("model_inference", case, "bf16", who) for who in ("ours_graph", "reduce_overhead")]
-    ours, theirs = map(measured, rows)
-    yield Found(case, ours / theirs if ours and theirs else None)
+def in_graphs(case: str) -> Callable[[Results], Iterator[Found]]:
+    """What torch.compile takes in its CUDA graph as a multiple of ours in one."""
+
+    def find(found: Results) -> Iterator[Found]:
+        ours = _row(found, "model_inference", case, "bf16") is not None
+        row = found.get("model_inference", case, "bf16", "reduce_overhead")
+        yield Found(case, measured(row, "over_graph") if ours else None)
+
+    return find
 
 
 def kept(found: Results) -> Iterator[Found]:
@@ -184,7 +187,7 @@ BARS = (
     Bar("compiled ViT-S's time / ours", 1.0, speedups([_TRAINING, _INFERENCE], ("vit_small",))),
     Bar("compiled Swin-T's time / ours", 2.5, speedups([_TRAINING, _INFERENCE], ("swin_tiny",))),
     Bar("kept for the backward pass, share of PyTorch's", 0.25, kept, most=True),
-    Bar("batch 1, our CUDA graph / compiled reduce-overhead", 1.0, latencies, most=True),
+    Bar("batch 1, compiled reduce-overhead's time / our CUDA graph's", 1.0, in_graphs("convnext_tiny 224 N=1")),
     Bar("first training step from empty caches, s", 30.0, of("cold_start", OURS, "median_us", 1e-6), most=True),
     Bar("variants compiled over 200 sizes", 8, of("variants", OURS, "variants"), most=True),
 )

@@ -11,7 +11,7 @@ From the source tree, nothing has to be installed but what the package itself ne
 2. The benchmarks, in order of importance, each row written as soon as it is there: a stop at any moment leaves what was
    measured, and the same command goes on from there: with benchmarks, or first with the tests that have not passed
    where ``--retry`` asks for it. A provider that raises, hangs or crashes costs its own row.
-3. A short table.
+3. A short table, and the bars (:mod:`benchmarks.bars`).
 
 DIR then holds the results (``<gpu>-<date>-<commit>.json``, see :mod:`benchmarks.results`), ``tests.log``,
 ``providers.log`` and ``table.txt``. The exit code is 0 where all that ran is right, 1 where a test failed or ours has
@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import suites
+from benchmarks import bars, suites
 from benchmarks.contest import Contest
 from benchmarks.gpu_tests import AS_ASKED, NO_GPU, are_due, run_tests, untested, why_refused
 from benchmarks.headline import GRAPHS, measured
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         stopped = True
         say("stopped; the same command goes on from here")
-    text = table(results)
+    text = "\n".join([table(results), *([] if results.is_cpu else bars.table(results))])
     (arguments.out / "table.txt").write_text(text + "\n")
     print(text, flush=True)
     return STOPPED if stopped else 0 if is_right(results) else 1

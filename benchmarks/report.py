@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import bars, plots
 from benchmarks import results as results_module
 from benchmarks.headline import (
     DEPTHWISE,
@@ -83,6 +83,8 @@ def markdown(results: Results) -> str:
     kinds = [row.status.split(":")[0] for row in bad]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     lines += [f"{len(results.rows)} rows, {len(bad)} of them without a result{f': {counts}' if bad else ''}.", ""]
+    if not results.is_cpu:
+        lines += ["## What was to be reached", "", *bars.table(results), ""]
     left_out = plots.missing(results)
     for plot in plots.PLOTS:
         if plot in left_out:
