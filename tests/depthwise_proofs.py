@@ -95,8 +95,9 @@ TENSOR_CUTS = {"whole": None, "8 rows": (8, 1), "16 rows, 2 tiles": (16, 2), "3 
 
 @contextlib.contextmanager
 def on_tensor_cores(name: str = "whole") -> Iterator[None]:
-    """The same for tensor cores, which compute whatever they can."""
+    """The same for tensor cores, which compute whatever they can; an error where Triton does not compile for them."""
     launch = runtime.launchers("depthwise")
+    assert launch.tensor is not None, launch._NO_GLUON
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch.tensor.config, "pays", return_value=True))
         if name == "sm_90":
@@ -105,6 +106,8 @@ def on_tensor_cores(name: str = "whole") -> Iterator[None]:
             for function in ("cut_stream", "cut_weight"):
                 stack.enter_context(mock.patch.object(launch.tensor.config, function, return_value=TENSOR_CUTS[name]))
         yield
+    # Others take the place of what is refused, and are right: what was to be proved would not have run.
+    assert not launch.tensor._refusals, launch.tensor._refusals
 
 
 @contextlib.contextmanager
@@ -139,9 +142,17 @@ def on_kernels(case: KernelCase, inputs: list, dy: Tensor, wanted: tuple[bool, b
 
 def by_pytorch(case: KernelCase, inputs: list, dy: Tensor) -> list[Tensor]:
     """y, dx, dw and, where there is a bias, db by PyTorch's own convolution, in the inputs' dtype."""
-    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in inputs]
-    y = F.conv2d(*leaves, **case.geometry, groups=case.c)
-    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
+
+    def convolved() -> list[Tensor]:
+        leaves = [t if t is None else t.detach().clone().requires_grad_() for t in inputs]
+        y = F.conv2d(*leaves, **case.geometry, groups=case.c)
+        return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
+
+    try:
+        return convolved()
+    except RuntimeError:  # cuDNN may have nothing for large kernels in half types, and PyTorch's own kernels have
+        with torch.backends.cudnn.flags(enabled=False):
+            return convolved()
 
 
 def exactly(case: KernelCase, inputs: list, dy: Tensor, of: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
@@ -185,7 +196,7 @@ def prove_residual_rounding(case: KernelCase, residual: str, dx: str, device: st
     actual = input_gradient(case, inputs[1], dy, added, DTYPES[dx])
     exact, magnitude = exact + added.double(), magnitude + added.double().abs()
     testing.assert_componentwise(actual, exact, magnitude, case.kh * case.kw + 1, "dx with the residual")
-    testing.assert_unbiased(actual, exact, what="dx with the residual")
+    testing.assert_unbiased(actual, exact, sigmas(case, actual), "dx with the residual")
 
 
 def prove_rounding(case: KernelCase, mean: float, device: str = "cpu", seed: int = 0) -> None:
@@ -202,9 +213,23 @@ def prove_rounding(case: KernelCase, mean: float, device: str = "cpu", seed: int
     for name, a, p, e, m, n in zip(NAMES, actual, peer, exact, magnitude, terms, strict=False):
         testing.assert_componentwise(a, e, m, n, name)
         if case.dtype == "fp32":
-            rms, maximum = (1.5, 2) if name in ("y", "dx") else (2, 3)
+            ratios = fp32_ratios(a, (1.5, 2) if name in ("y", "dx") else (2, 3))
         else:
-            rms, maximum = 1.05, 1.25
-        testing.assert_no_worse(a, p, e, rms, maximum, name)
+            ratios = 1.05, 1.25
+        testing.assert_no_worse(a, p, e, *ratios, name)
         if a.numel() >= 500:
-            testing.assert_unbiased(a, e, what=name)
+            testing.assert_unbiased(a, e, sigmas(case, a), name)
+
+
+def fp32_ratios(result: Tensor, ratios: tuple[float, float]) -> tuple[float, float]:
+    """Of an fp32 result's errors to PyTorch's; on a GPU, its libraries may add up a few partial sums, and err less."""
+    return (max(3, ratios[0]), max(4, ratios[1])) if result.is_cuda else ratios
+
+
+def sigmas(case: KernelCase, result: Tensor) -> float:
+    """Standard errors that a result may be biased by.
+
+    Tensor cores cut off what a sum does not hold, at every step: of 51×51 taps in fp16, 0.02·√numel of them, where
+    results that are cut off when they are stored are 0.87·√numel off.
+    """
+    return 5 + 0.05 * math.sqrt(result.numel()) * case.cut.startswith("tensor ")

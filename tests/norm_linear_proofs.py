@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import dwconv_kernels as dk
 from dwconv_kernels import runtime, testing
 from dwconv_kernels.norm_linear import reference
-from tests.depthwise_proofs import DTYPES
+from tests.depthwise_proofs import DTYPES, fp32_ratios
 from tests.dwconv_kernels.operands import norm_linear_operands
 from tests.norm_linear_cases import NormLinearCase
 
@@ -292,6 +292,8 @@ ENOUGH = 30  # elements, for a ratio of root mean squares to say something
 # Standard errors take elements for independent. Rows and columns of dx share the rounding of du: its means,
 # over 10 seeds, spread 2.6 times as far, and PyTorch's 4 times. Truncation is 100 of them off, of 20 000 elements.
 SIGMAS = {"y": 5.0, "dx": 15.0}
+# ... times √numel: tensor cores cut off what a sum does not hold, at every step, which in fp16 is up to 0.003.
+CUT_OFF = 0.02
 
 
 def prove_rounding(
@@ -309,18 +311,18 @@ def prove_rounding(
         Bounds(case, inputs, dy).check(actual, exact)
     for name, a in actual.items():
         if a.numel() >= ENOUGH:
-            testing.assert_no_worse(a, peer[name], exact[name], *_ratios(case, name, far), name)
+            testing.assert_no_worse(a, peer[name], exact[name], *_ratios(case, name, a, far), name)
         # fp32 results, dx of an fp32 x among them, are not rounded when they are stored.
         if a.dtype != torch.float32 and name in SIGMAS and a.numel() >= 500:
-            testing.assert_unbiased(a, exact[name], SIGMAS[name], name)
+            testing.assert_unbiased(a, exact[name], SIGMAS[name] + CUT_OFF * math.sqrt(a.numel()), name)
     assert_layouts(case, inputs, actual)
 
 
-def _ratios(case: NormLinearCase, name: str, far: bool) -> tuple[float, float]:
+def _ratios(case: NormLinearCase, name: str, result: Tensor, far: bool) -> tuple[float, float]:
     """Of the root mean square and of the maximum of errors to PyTorch's."""
     if case.dtype != "fp32" and (case.x_dtype is None or name in ("y", "dx")):
         return 1.1, 2  # parameters' gradients in fp32 of half x̂: the rounding of either, by no store made alike
-    return (2, 3) if far or name not in ("y", "dx") else (1.5, 2)
+    return fp32_ratios(result, (2, 3) if far or name not in ("y", "dx") else (1.5, 2))
 
 
 def one_pass(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

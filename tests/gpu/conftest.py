@@ -1,8 +1,10 @@
 """The GPU lane, ``pytest -m gpu``: the kernels compiled, on the GPU that is there.
 
 Each file is skipped, with the reason, where no kernel runs on this machine's GPU. ``pytest -m "gpu and not full"``
-leaves out what takes longest. The values of many cases are compared in several processes, see workers.py: compiling
-takes nearly all of the time, and Python compiles one kernel at a time.
+leaves out what takes longest: most of the cases that the interpreter lane has already proved of the same source.
+Compiling takes nearly all of the time, and Python compiles one kernel at a time: the values of many cases are compared
+in several processes, see workers.py, and with pytest-xdist all tests are, ``-n 12``; what is marked ``alone`` then has
+to come after the others, in a process by itself.
 
 Where there is no GPU, the logic of most tests can be tried in Triton's interpreter; files shrink their maps for it, and
 what only a GPU has is skipped::
@@ -17,13 +19,21 @@ import torch
 
 import dwconv_kernels as dk
 from dwconv_kernels import runtime
-from tests.gpu.workers import proving, without_tf32
+from tests.gpu.workers import Proof, proving, without_tf32
 
 DEVICE = os.environ.get("DWCONV_KERNELS_GPU_LANE", "cuda")
 ON_GPU = DEVICE != "cpu"
 # "auto" is what users have, and takes PyTorch's operators on the CPU.
 BACKEND = "auto" if ON_GPU else "triton"
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="tried without a GPU")
+
+
+def pytest_configure(config) -> None:
+    """Under xdist, a worker is given few tests at a time: those that compile for long are next to each other."""
+    if getattr(config.option, "maxschedchunk", 0) is None:
+        config.option.maxschedchunk = 1
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 def skip_without_gpu() -> None:
@@ -79,6 +89,26 @@ def proof_of(request):
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     with proving([item.callspec.params["proof"] for item in items if "proof" in item.callspec.params]) as wait:
         yield wait
+
+
+def parameters(usual: list[Proof], everything: list[Proof]) -> list:
+    """For the argument "proof" of a test: each once, those that are not ``usual`` marked ``full``."""
+    usual = dict.fromkeys(usual)
+    full = [proof for proof in dict.fromkeys(everything) if proof not in usual]
+    return [pytest.param(proof, id=str(proof)) for proof in usual] + [
+        pytest.param(proof, id=str(proof), marks=pytest.mark.full) for proof in full
+    ]
+
+
+def repeats(usual: int, often: int):
+    """A test for each number of its ``count`` of repeats; without a GPU, two show that it works."""
+    counts = [usual, pytest.param(often, marks=pytest.mark.full)] if ON_GPU else [2]
+    return pytest.mark.parametrize("count", counts, ids="{}_times".format)
+
+
+def requested_memory(what: str = "current") -> int:
+    """Bytes that tensors were asked for, now or at their "peak"; what is allocated is up to a megabyte more of each."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{what}"]
 
 
 def captured(step, inputs, dy):

@@ -9,7 +9,7 @@ from dwconv_kernels import runtime, testing
 from dwconv_kernels.depthwise import config
 from tests import depthwise_proofs as proofs
 from tests.cases import DEPTHWISE, DTYPES, EMPTY_MAPS, MEANS, KernelCase, geometry_cases, kernel_cases
-from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, skip_without_gpu
+from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, parameters, skip_without_gpu
 from tests.gpu.workers import Proof
 from tests.tensor_cases import tensor_cases
 
@@ -28,66 +28,84 @@ def fits(case) -> bool:
     return config.why_not("fp32", case.kh, case.kw, case.stride, case.padding, case.dilation) is None
 
 
-def rows() -> list[KernelCase]:
-    """The rows of cases.DEPTHWISE that the kernels take, in each dtype."""
+def rows(dtypes: list[str]) -> list[KernelCase]:
+    """The rows of cases.DEPTHWISE that the kernels take."""
     rows = [(c, (c.n, c.c, c.h, c.w, c.kh, c.kw, *c.padding), "contiguous" if c.bias else "none") for c in DEPTHWISE]
     return [
         KernelCase(dtype, *sizes, bias=bias, stride=c.stride, dilation=c.dilation)
         for c, sizes, bias in rows
         if fits(c)
-        for dtype in DTYPES
+        for dtype in dtypes
     ]
 
 
 # Stages of ConvNeXt at 224 and 384 pixels, isotropic ConvNeXt; many images, of which a program takes several.
 STAGES = [(2, 96, 56, 56), (2, 192, 28, 28), (4, 384, 14, 14), (4, 768, 7, 7), (1, 96, 96, 96), (2, 768, 12, 12)]
 STAGES += [(256, 384, 14, 14)]
+SMALL = [KernelCase("bf16", 2, 33, 5, 10, 7, 7, 3, 3), KernelCase("fp32", 2, 5, 6, 8, 3, 3, 1, 1)]
 
 
 def stages(dtype: str, shapes) -> list[KernelCase]:
     return [KernelCase(dtype, *shape, 7, 7, 3, 3) for shape in shapes]
 
 
-def all_proofs() -> list[Proof]:
-    """What takes longest to compile comes first."""
+def exact_cases() -> tuple[list[KernelCase], list[KernelCase]]:
+    """Those of any run, and all. What takes longest to compile comes first.
+
+    Half types differ, where there are FMAs, in how a number is loaded and stored: of large kernels, one is enough.
+    """
     if not ON_GPU:  # a few that are quick
-        cases = [KernelCase("bf16", 2, 33, 5, 10, 7, 7, 3, 3), KernelCase("fp32", 2, 5, 6, 8, 3, 3, 1, 1)]
-        quick = [case for case in [*kernel_cases(), *rows(), *geometry_cases()] if case.seconds() < 0.3]
-        exact, rounded = cases + quick[::4], [case._replace(n=1, h=8, w=14) for case in cases]
-        exact += tensor_cases()[::16]
-    else:
-        exact = [case for dtype in DTYPES for case in stages(dtype, STAGES)]
-        exact += rows() + kernel_cases() + geometry_cases()
-        rounded = [case for dtype in DTYPES for case in stages(dtype, STAGES[:6])]
-        rounded += [case._replace(strict=True) for dtype in HALF for case in stages(dtype, STAGES[1:2])]
-        sizes = ((3, 3, 1, 1), (5, 5, 2, 2), (9, 9, 4, 4), (1, 11, 0, 5), (11, 1, 5, 0), (7, 7, 1, 4), (5, 3, 4, 0))
-        rounded += [KernelCase(dtype, 4, 40, 29, 31, *size) for size in sizes for dtype in DTYPES]
-        exact += tensor_cases() + [case._replace(cut="tensor whole") for d in HALF for case in stages(d, STAGES)]
-        rounded += [case._replace(cut="tensor whole") for d in HALF for case in stages(d, STAGES[:6])]
-        sizes = ((11, 11), (13, 13), (17, 17), (21, 21), (31, 31), (51, 51), (51, 5), (5, 51), (1, 51), (51, 1))
-        rounded += [
-            KernelCase(dtype, 4, 40, 57, 58, kh, kw, kh // 2, kw // 2, cut="tensor whole")
-            for kh, kw in sizes
-            for dtype in HALF
-        ]
-        others = [(7, 7, 9, 9, (1, 1), (3, 3)), (7, 7, 3, 3, (2, 2), (1, 1)), (13, 13, 6, 6, (1, 1), (1, 1))]
-        rounded += [
-            KernelCase(dtype, 4, 40, 29, 42, *size, stride=stride, dilation=dilation)
-            for *size, stride, dilation in others
-            for dtype in DTYPES
-        ]
-    return [Proof("exact", case, DEVICE) for case in exact] + [
-        Proof("rounding", case, DEVICE, MEANS[i % len(MEANS)]) for i, case in enumerate(rounded)
-    ]
+        quick = [case for case in [*kernel_cases(), *rows(DTYPES), *geometry_cases()] if case.seconds() < 0.3]
+        return SMALL + quick[::4] + tensor_cases()[::16], []
+    by_fma = {dtype: stages(dtype, STAGES) for dtype in DTYPES}
+    usual = by_fma["bf16"] + by_fma["fp32"] + rows(["fp32"]) + rows(["bf16"])[::2] + rows(["fp16"])[1::2]
+    usual += tensor_cases()
+    usual += [case._replace(cut="tensor whole") for dtype in HALF for case in by_fma[dtype]]
+    covers = kernel_cases() + geometry_cases()
+    return usual + covers[::9], covers + by_fma["fp16"] + rows(DTYPES)
 
 
-@pytest.mark.parametrize("proof", dict.fromkeys(all_proofs()), ids=str)
+def rounded_cases() -> tuple[list[KernelCase], list[KernelCase]]:
+    """The same of those that are rounded."""
+    if not ON_GPU:
+        return [case._replace(n=1, h=8, w=14) for case in SMALL], []
+    sizes = [(7, 7, 1, 4), (3, 3, 1, 1), (5, 5, 2, 2), (1, 11, 0, 5), (11, 1, 5, 0), (5, 3, 4, 0)]
+    others = [(7, 7, 9, 9, (1, 1), (3, 3)), (7, 7, 3, 3, (2, 2), (1, 1))]
+
+    def by_fma(dtype: str) -> list[KernelCase]:
+        cases = stages(dtype, STAGES[:6]) + [KernelCase(dtype, 4, 40, 29, 31, *size) for size in sizes]
+        cases += [KernelCase(dtype, 4, 40, 29, 42, *size, stride=s, dilation=d) for *size, s, d in others]
+        return cases + [case._replace(strict=True) for case in stages(dtype, STAGES[1:2]) if dtype in HALF]
+
+    # Which half types have on tensor cores, unless they are to be strict.
+    large = {
+        dtype: [KernelCase(dtype, 4, 40, 29, 31, 9, 9, 4, 4), KernelCase(dtype, 4, 40, 29, 42, 13, 13, 6, 6)]
+        for dtype in DTYPES
+    }
+    usual = large["fp32"] + by_fma("fp32") + by_fma("bf16")
+    kernels = ((11, 11), (13, 13), (17, 17), (21, 21), (31, 31), (51, 51), (51, 5), (5, 51), (1, 51), (51, 1))
+    for dtype in HALF:
+        on_tensor_cores = [KernelCase(dtype, 4, 40, 57, 58, kh, kw, kh // 2, kw // 2) for kh, kw in kernels]
+        usual += [case._replace(cut="tensor whole") for case in stages(dtype, STAGES[:6]) + on_tensor_cores]
+    return usual, large["bf16"] + large["fp16"] + by_fma("fp16")
+
+
+def all_proofs() -> tuple[list[Proof], list[Proof]]:
+    """Those of any run, and all."""
+    return tuple(
+        [Proof("exact", case, DEVICE) for case in exact]
+        + [Proof("rounding", case, DEVICE, MEANS[i % len(MEANS)]) for i, case in enumerate(rounded)]
+        for exact, rounded in zip(exact_cases(), rounded_cases(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("proof", parameters(*all_proofs()))
 def test_values(proof, proof_of):
     """T0: every element exact. T1, T2, T3: within its bound, no further off than PyTorch's operator, not biased."""
     proof_of(proof)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.full)])
 @pytest.mark.parametrize("dx_dtype", ["fp32", "same"])
 def test_input_gradient_with_a_residual(dtype, dx_dtype):
     """T0 and T1, for each kernel: whole maps, strips that overlap, rows in pairs, masks; a copied residual."""
@@ -99,6 +117,22 @@ def test_input_gradient_with_a_residual(dtype, dx_dtype):
         for layout in ("channels_last_offset", "contiguous"):
             proofs.prove_residual(case, dx_dtype, dx_dtype, layout, DEVICE)
     proofs.prove_residual_rounding(cases[-3], dx_dtype, dx_dtype, DEVICE)
+
+
+# Kernels whose taps stay in registers, and those whose taps pass by; loaded in vectors, and element by element.
+TENSOR_RESIDUALS = [(4, 40, 14, 14, 7, 7), (2, 33, 20, 31, 13, 13), (2, 40, 33, 29, 21, 21), (1, 9, 27, 40, 31, 31)]
+
+
+@pytest.mark.parametrize("size", TENSOR_RESIDUALS if ON_GPU else [(1, 5, 7, 9, 13, 13), (1, 8, 7, 9, 21, 21)], ids=str)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dx_dtype", ["fp32", "same"])
+def test_input_gradient_with_a_residual_on_tensor_cores(dtype, dx_dtype, size):
+    """The same, T0, T1 and T3; the layouts are those above."""
+    dx_dtype, (kh, kw) = dtype if dx_dtype == "same" else dx_dtype, size[4:]
+    case = KernelCase(dtype, *size, kh // 2, kw // 2, cut="tensor whole")
+    for layout in ("channels_last_offset", "contiguous"):
+        proofs.prove_residual(case, dx_dtype, dx_dtype, layout, DEVICE)
+    proofs.prove_residual_rounding(case, dx_dtype, dx_dtype, DEVICE)
 
 
 @pytest.mark.parametrize("shape", [(8, 40, 56, 56), (3, 40, 29, 5)] if ON_GPU else [(1, 5, 4, 10)], ids=str)

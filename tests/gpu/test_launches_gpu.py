@@ -17,13 +17,21 @@ from benchmarks.probes import compiled_kernels
 from dwconv_kernels import testing
 from tests import depthwise_proofs as proofs
 from tests.cases import DTYPES, KernelCase
-from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, captured, only_on_gpu, skip_without_gpu
+from tests.gpu.conftest import (
+    BACKEND,
+    DEVICE,
+    ON_GPU,
+    captured,
+    only_on_gpu,
+    repeats,
+    requested_memory,
+    skip_without_gpu,
+)
 
 pytestmark = pytest.mark.gpu
 skip_without_gpu()
 
 ROOT = Path(__file__).parents[2]
-REPEATS = 10_000 if ON_GPU else 2
 # 40 channels and 7×7 wherever that will do: what another test has compiled is not compiled again.
 SHAPE = (2, 40, 17, 28) if ON_GPU else (2, 5, 3, 10)
 MEDIUM = (16, 40, 56, 56) if ON_GPU else (1, 5, 4, 10)
@@ -73,6 +81,7 @@ def test_cuda_graph(dtype):
 
 
 @only_on_gpu
+@pytest.mark.alone
 def test_kernels_run_on_the_current_stream():
     """On a stream that is still busy with what the kernels read: on any other one they would read NaN."""
     inputs, dy = operands()
@@ -117,16 +126,17 @@ def test_a_device_index_or_none():
 # Again and again
 
 
+@repeats(1000, 10_000)
 @pytest.mark.parametrize("shape", [SHAPE, MEDIUM], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_every_time(shape, dtype):
+def test_same_bits_every_time(shape, dtype, count):
     inputs, dy = operands(shape, dtype, make=torch.randn)
     first = step(inputs, dy)
     different = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    for _ in range(REPEATS):
+    for _ in range(count):
         again = step(inputs, dy)
         different += torch.stack([a.ne(e).any() for a, e in zip(again, first, strict=True)])
-    assert different.tolist() == [0] * 4, f"runs of {REPEATS} in which {NAMES} differed"
+    assert different.tolist() == [0] * 4, f"runs of {count} in which {NAMES} differed"
 
 
 @only_on_gpu
@@ -137,17 +147,17 @@ def test_memory():
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = requested_memory()
     y = convolution(*inputs)
     size = y.numel() * y.element_size()
-    assert torch.cuda.max_memory_allocated() - before < size + 2**20
+    assert requested_memory("peak") - before < size + 2**20
     del y
     for _ in range(200):
         step(inputs, dy)
-    assert torch.cuda.memory_allocated() == before
+    assert requested_memory() == before
     torch.cuda.reset_peak_memory_stats()
     step(inputs, dy)
-    assert torch.cuda.max_memory_allocated() - before < 2 * size + 2**26  # partial sums of the weight's gradient
+    assert requested_memory("peak") - before < 2 * size + 2**26  # partial sums of the weight's gradient
 
 
 @only_on_gpu

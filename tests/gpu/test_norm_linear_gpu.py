@@ -11,14 +11,23 @@ from dwconv_kernels import testing
 from tests import norm_linear_proofs as proofs
 from tests.cases import DTYPES, MEANS
 from tests.dwconv_kernels.operands import norm_linear_operands
-from tests.gpu.conftest import BACKEND, DEVICE, ON_GPU, captured, only_on_gpu, skip_without_gpu
+from tests.gpu.conftest import (
+    BACKEND,
+    DEVICE,
+    ON_GPU,
+    captured,
+    only_on_gpu,
+    parameters,
+    repeats,
+    requested_memory,
+    skip_without_gpu,
+)
 from tests.gpu.workers import Proof
 from tests.norm_linear_cases import NormLinearCase, norm_linear_cases
 
 pytestmark = pytest.mark.gpu
 skip_without_gpu()
 
-REPEATS = 10_000 if ON_GPU else 2
 HALF = ["bf16", "fp16"]
 # Rows and channels of ConvNeXt's stages at 224 and 384 pixels; each has four times as many outputs.
 STAGES = [(50_176, 96), (12_544, 192), (3136, 384), (784, 768), (9216, 128), (1000, 512), (577, 1024), (196, 320)]
@@ -26,25 +35,27 @@ SMALL = NormLinearCase("bf16", (2, 14, 14) if ON_GPU else (2, 3), 96 if ON_GPU e
 WIDE = SMALL._replace(c=384 if ON_GPU else 200, activation="gelu")
 
 
-def all_proofs() -> list[Proof]:
-    """What takes longest to compile comes first."""
+def all_proofs() -> tuple[list[Proof], list[Proof]]:
+    """Those of any run, what takes longest to compile first, and all."""
     stages = [
         NormLinearCase(dtype, (p,), c, 4 * c, activation)
         for p, c in STAGES for dtype in DTYPES for activation in ("gelu", None)
     ]  # fmt: skip
-    exact = [*stages, *norm_linear_cases()]
+    exact, cover = stages, norm_linear_cases()
     rounded = [case for case in stages if case.c <= 512 and (case.dtype != "fp32" or case.rows < 10_000)]
     if not ON_GPU:  # a few that are quick
-        exact = [case for case in norm_linear_cases() if case.seconds() < 0.1][::4]
+        exact, cover = [], [case for case in norm_linear_cases() if case.seconds() < 0.1][::4]
         rounded = [NormLinearCase(dtype, (60,), 96, 33, activation) for dtype, activation in zip(
             DTYPES, ("gelu", None, "gelu"), strict=True
         )]  # fmt: skip
     rounded = [case._replace(mean=MEANS[i % 4]) for i, case in enumerate(rounded)]
     rounded += [case._replace(x_dtype="fp32") for case in rounded if case.dtype in HALF][:6]
-    return [Proof("exact", case, DEVICE) for case in exact] + [Proof("rounding", case, DEVICE) for case in rounded]
+    own = [Proof("rounding", case, DEVICE) for case in rounded] + [Proof("exact", case, DEVICE) for case in exact]
+    cover = [Proof("exact", case, DEVICE) for case in cover]
+    return own + cover[:: 4 if ON_GPU else 1], cover
 
 
-@pytest.mark.parametrize("proof", dict.fromkeys(all_proofs()), ids=str)
+@pytest.mark.parametrize("proof", parameters(*all_proofs()))
 def test_values(proof, proof_of):
     """T0: every element exact. T1, T2, T3: within its bound, no further off than PyTorch's operators, not biased."""
     proof_of(proof)
@@ -95,6 +106,7 @@ def test_cuda_graph(case):
 
 
 @only_on_gpu
+@pytest.mark.alone
 def test_kernels_run_on_the_current_stream():
     """On a stream that is still busy with what the kernels read: on any other one they would read NaN."""
     inputs, dy = operands()
@@ -115,17 +127,18 @@ def test_kernels_run_on_the_current_stream():
     assert_same(results, expected)
 
 
+@repeats(1000, 10_000)
 @pytest.mark.parametrize("case", [
     SMALL, WIDE, SMALL._replace(dtype="fp32"), WIDE._replace(dtype="fp16", activation=None),
 ], ids=str)  # fmt: skip
-def test_same_bits_every_time(case):
+def test_same_bits_every_time(case, count):
     inputs, dy = operands(case)
     first = step(inputs, dy)
     different = torch.zeros(6, dtype=torch.int64, device=DEVICE)
-    for _ in range(REPEATS):
+    for _ in range(count):
         again = step(inputs, dy)
         different += torch.stack([a.ne(e).any() for a, e in zip(again, first, strict=True)])
-    assert different.tolist() == [0] * 6, f"runs of {REPEATS} in which {proofs.NAMES} differed"
+    assert different.tolist() == [0] * 6, f"runs of {count} in which {proofs.NAMES} differed"
 
 
 @only_on_gpu
@@ -149,15 +162,15 @@ def test_memory_that_is_kept_for_the_backward_pass():
     step(inputs, dy)
     gc.collect()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = requested_memory()
     with dk.backend(BACKEND):
         y = layer(*inputs)
-    kept = torch.cuda.memory_allocated() - before
+    kept = requested_memory() - before
     assert kept <= y.numel() * y.element_size() + 2 * 4 * 20_000 + 2048
     del y
     for _ in range(200):
         step(inputs, dy)
-    assert torch.cuda.memory_allocated() == before
+    assert requested_memory() == before
 
 
 # Under PyTorch's switches and transforms

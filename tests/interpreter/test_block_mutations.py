@@ -199,7 +199,7 @@ MISTAKES = [
             "norm over an image"),
     Mistake("v forgotten in h, made again", GRN, "(a * scale + grn_bias).to(dtype)", "(a * scale).to(dtype)",
             "norm over an image"),
-    Mistake("the norm's own gradient forgotten", GRN, "* scale + a * direction)", "* scale)",
+    Mistake("the norm's own gradient forgotten", GRN, "mask_p, mask_k) * scale + a * direction", "mask_p, mask_k) * scale",
             "norm over an image, rounding"),
     Mistake("scale forgotten in du", GRN, "mask_p, mask_k) * scale + a", "mask_p, mask_k) + a",
             "norm over an image, rounding"),
