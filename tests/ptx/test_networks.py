@@ -29,7 +29,7 @@ def step(network, images, autocast: bool, backend: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
 def test_training_step(name):
     torch.manual_seed(0)
-    network = convnext_fast.create_model(name, num_classes=5).to(memory_format=torch.channels_last)
+    network = convnext_fast.create_model(name, num_classes=1000).to(memory_format=torch.channels_last)
     with torch.no_grad():  # a layer scale of 1e-6 hides the blocks, as zeros in GRN do
         for key, parameter in network.named_parameters():
             if key.endswith("gamma") or "grn" in key:
@@ -42,7 +42,7 @@ def test_training_step(name):
     assert {"_depthwise_fwd_stream_kernel", "_block_out_kernel", "_depthwise_bwd_weight_stream_kernel"} <= set(launches)
     logits, gradients = distances(ours, exact)
     logits_of_peer, gradients_of_peer = distances(peer, exact)
-    assert logits <= 1.5 * logits_of_peer
+    assert logits <= 1.2 * logits_of_peer
     assert gradients <= 1.2 * gradients_of_peer
 
 
