@@ -261,6 +261,7 @@ def test_how_many_processes(monkeypatch):
     assert gpu_tests.processes() == 1
 
 
+@pytest.mark.full
 def test_the_lane_is_collected_the_same_way_by_all_processes():
     """xdist refuses to run where two processes find different tests."""
     environment = {**os.environ, "PYTHONHASHSEED": "random", "TRITON_INTERPRET": "1", "DWCONV_KERNELS_GPU_LANE": "cpu"}
