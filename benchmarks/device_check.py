@@ -14,8 +14,8 @@ From the source tree, nothing has to be installed but what the package itself ne
 3. A short table, and the bars (:mod:`benchmarks.bars`).
 
 DIR then holds the results (``<gpu>-<date>-<commit>.json``, see :mod:`benchmarks.results`), ``tests.log``,
-``providers.log`` and ``table.txt``. The exit code is 0 where all that ran is right, 1 where a test failed or ours has
-no number, 2 where nothing could be run, and 130 where it was stopped.
+``providers.log`` and ``table.txt``. The exit code is 0 where all that ran is right, 1 where a test failed or was not
+reached or ours has no number, 2 where nothing could be run, and 130 where it was stopped.
 """
 
 from __future__ import annotations
@@ -67,9 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         stopped = True
         say("stopped; the same command goes on from here")
-    text = "\n".join([table(results), *([] if results.is_cpu else bars.table(results))])
+    text = table(results)
     (arguments.out / "table.txt").write_text(text + "\n")
     print(text, flush=True)
+    if not results.is_cpu:
+        print("\n".join(bars.table(results)), flush=True)
     return STOPPED if stopped else 0 if is_right(results) else 1
 
 

@@ -21,10 +21,10 @@ def read(path: Path = FILE) -> dict[Key, Prediction]:
     """What was predicted.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: there is no such file, or it holds something else.
     """
     try:
         content = json.loads(path.read_text())
         return {(r["suite"], r["case"], r["dtype"]): Prediction(r["low_us"], r["high_us"]) for r in content["rows"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no predictions: {type(error).__name__}: {error}") from error

@@ -36,6 +36,9 @@ TRIAL_SECONDS = 120.0
 # racecheck has "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" instead.
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
 _CLEAN = re.compile(r"SUMMARY: 0 (?:errors|hazards)")
+_FINDING = re.compile(
+    r"^=+ +((?:Invalid|Error:|Warning: Race|Race reported|Uninitialized|Barrier error).*)", re.MULTILINE
+)
 
 
 class Outcome(NamedTuple):
@@ -80,6 +83,8 @@ def judge(tool: str, text: str, code: int | None, seconds: float) -> Outcome:
     dirty = [summary for summary in summaries if not _CLEAN.search(summary)]
     if dirty:
         return Outcome(tool, "found", "; ".join(dict.fromkeys(dirty)))
+    if code is None and (finding := _FINDING.search(text)) is not None:  # the summary would have come at the end
+        return Outcome(tool, "found", f"{finding[1]}; not through in {seconds:g} s")
     if code is None:
         return Outcome(tool, "unfinished", f"not through in {seconds:g} s")
     if code != 0 or not summaries:

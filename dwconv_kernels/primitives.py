@@ -21,14 +21,14 @@ def fma(a, b, c):
 
 
 @triton.jit
-def times(a, b, dtype: tl.constexpr):
-    """a·b, for a sum over threads: where dtype is fp32, rounded, and never fused with what it is added to.
+def times(a, b):
+    """a·b, in fp32, for a sum over threads: rounded, and never fused with what it is added to.
 
     Shuffles give all threads of a warp the same sum only if each adds the same numbers. Where a thread has one product,
     the compiler would fuse it with the addition of another thread's, and the last bits of the sum would depend on who
-    is asked. In tiles of half types, which tensor cores made, a thread has several products, and adds them first.
+    is asked.
     """
-    if INTERPRETED or dtype != tl.float32:
+    if INTERPRETED:
         return a * b
     else:
         return tl.inline_asm_elementwise(

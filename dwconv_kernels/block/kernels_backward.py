@@ -149,7 +149,7 @@ def _block_bwd_rows_kernel(
             offs, mask = p[:, None] * D + k[None, :], mask_p[:, None] & (k < D)[None, :]
             if STORE_H:
                 tl.store(h_ptr + offs, gelu(u, dtype).to(dtype), mask=mask)
-            du = dh * gelu_derivative(u, dtype)
+            du = times(dh, gelu_derivative(u, dtype))
             if PARTIALS:
                 tl.store(partials_ptr + k, tl.sum(du, 0), mask=k < D)
             du = du.to(dtype)
@@ -158,14 +158,14 @@ def _block_bwd_rows_kernel(
             g0 = tl.dot(du, weight0, g0)
             if C1:
                 g1 = tl.dot(du, weight1, g1)
-        g0 *= _vector(norm_weight_ptr, c0, C, HAS_NORM_WEIGHT, 1.0, C0 <= C)[None, :]
+        g0 = times(g0, _vector(norm_weight_ptr, c0, C, HAS_NORM_WEIGHT, 1.0, C0 <= C)[None, :])
         x0 = _standardised(_tile(y_ptr, p * C, c0, mask_p, c0 < C), c0 < C, mean, rstd, C0 <= C)
-        sum_g, sum_gx = tl.sum(g0, 1), tl.sum(g0 * x0, 1)
+        sum_g, sum_gx = tl.sum(g0, 1), tl.sum(times(g0, x0), 1)
         if C1:
-            g1 *= _vector(norm_weight_ptr, c1, C, HAS_NORM_WEIGHT, 1.0, C0 + C1 == C)[None, :]
+            g1 = times(g1, _vector(norm_weight_ptr, c1, C, HAS_NORM_WEIGHT, 1.0, C0 + C1 == C)[None, :])
             x1 = _standardised(_tile(y_ptr, p * C, c1, mask_p, c1 < C), c1 < C, mean, rstd, C0 + C1 == C)
             sum_g += tl.sum(g1, 1)
-            sum_gx += tl.sum(g1 * x1, 1)
+            sum_gx += tl.sum(times(g1, x1), 1)
             _store_dy(g1, x1, rstd, sum_g, sum_gx, dy_ptr, p, c1, mask_p, C)
         _store_dy(g0, x0, rstd, sum_g, sum_gx, dy_ptr, p, c0, mask_p, C)
     else:
@@ -217,7 +217,7 @@ def _finish_hidden(
     u = product + bias
     if STORE_H:
         tl.store(h_ptr + offs, gelu(u, dtype).to(dtype), mask=mask)
-    du = times(dh, gelu_derivative(u, dtype), dtype)
+    du = times(dh, gelu_derivative(u, dtype))
     tl.store(du_ptr + offs, du.to(dtype), mask=mask)
     if PARTIALS:
         tl.store(partials_ptr + k, tl.sum(du, 0), mask=mask_k)
@@ -225,7 +225,7 @@ def _finish_hidden(
         du = du.to(dtype).to(tl.float32)  # g is made of what was stored, and so are the sums of its rows
         s = _vector(vectors_ptr, k, D, True, 0.0, WHOLE)[None, :]
         t = _vector(vectors_ptr + D, k, D, True, 0.0, WHOLE)[None, :]
-        return tl.sum(times(du, s, dtype), 1), tl.sum(times(du, product - t, dtype), 1)
+        return tl.sum(times(du, s), 1), tl.sum(times(du, product - t), 1)
     else:
         return 0.0, 0.0
 
@@ -316,7 +316,7 @@ def _block_bwd_finish_kernel(
         tl.store(dfc2_ptr + offs, dfc2.to(dfc2_ptr.dtype.element_ty), mask=mask)
     if SCALE_PARTS:
         fc2 = tl.load(fc2_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(scale_parts_ptr + block_k * C + c, tl.sum(times(fc2, q, tl.float32), 0), mask=c < C)
+        tl.store(scale_parts_ptr + block_k * C + c, tl.sum(times(fc2, q), 0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["scale_parts", "sum_parts"])

@@ -105,7 +105,7 @@ def _block_grn_bwd_kernel(
     u = product + fc1_bias
     a = gelu(u, dtype).to(dtype).to(tl.float32)
     du = _tile(dh_ptr, p * D, k, mask_p, mask_k) * scale + a * direction
-    du = times(du, gelu_derivative(u, dtype), dtype)
+    du = times(du, gelu_derivative(u, dtype))
     offs, mask = p[:, None] * D + k[None, :], mask_p[:, None] & mask_k[None, :]
     tl.store(product_ptr + offs, (a * scale + grn_bias).to(dtype), mask=mask)
     tl.store(dh_ptr + offs, du.to(dtype), mask=mask)
@@ -117,5 +117,5 @@ def _block_grn_bwd_kernel(
         t = _vector(vectors_ptr + D, k, D, True, 0.0, False)[None, :]
         rows = images.to(tl.int64) * pixels
         sums_ptr += tile.to(tl.int64) * 2 * rows + row
-        tl.store(sums_ptr + p, tl.sum(times(du, s, dtype), 1), mask=mask_p)
-        tl.store(sums_ptr + rows + p, tl.sum(times(du, product - t, dtype), 1), mask=mask_p)
+        tl.store(sums_ptr + p, tl.sum(times(du, s), 1), mask=mask_p)
+        tl.store(sums_ptr + rows + p, tl.sum(times(du, product - t), 1), mask=mask_p)

@@ -37,7 +37,7 @@ def _finish_du(
     du = _tile(dy_ptr, p * D, k, mask_p, mask_k)
     if GELU:
         bias = _vector(bias_ptr, k, D, HAS_BIAS, 0.0, WHOLE).to(dtype).to(tl.float32)
-        du = times(du, gelu_derivative(product + bias[None, :], dtype), dtype)
+        du = times(du, gelu_derivative(product + bias[None, :], dtype))
         tl.store(du_ptr + (p[:, None] * D + k[None, :]), du.to(dtype), mask=mask_p[:, None] & mask_k[None, :])
     if PARTIALS:
         tl.store(partials_ptr + k, tl.sum(du, 0), mask=mask_k)
@@ -45,7 +45,7 @@ def _finish_du(
     if SUMS:
         s = _vector(vectors_ptr, k, D, True, 0.0, WHOLE)
         t = _vector(vectors_ptr + D, k, D, True, 0.0, WHOLE)
-        return tl.sum(times(du, s[None, :], dtype), 1), tl.sum(times(du, product - t[None, :], dtype), 1)
+        return tl.sum(times(du, s[None, :]), 1), tl.sum(times(du, product - t[None, :]), 1)
     else:
         return 0.0, 0.0
 
@@ -132,8 +132,8 @@ def _norm_linear_bwd_x_kernel(
     if WHOLE_ROWS:
         x = _tile(x_ptr, p * stride_x, c, mask_p, c < C)
         xhat = _standardised(x, c < C, mean, rstd, C % BLOCK_C == 0)
-        g = dnormed * _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, C % BLOCK_C == 0)[None, :]
-        _store_dx(g, xhat, rstd, tl.sum(g, 1), tl.sum(times(g, xhat, tl.float32), 1), dx_ptr, p, c, mask_p, C)
+        g = times(dnormed, _vector(norm_weight_ptr, c, C, HAS_NORM_WEIGHT, 1.0, C % BLOCK_C == 0)[None, :])
+        _store_dx(g, xhat, rstd, tl.sum(g, 1), tl.sum(times(g, xhat), 1), dx_ptr, p, c, mask_p, C)
     else:
         sum_g = tl.zeros((BLOCK_P,), tl.float32)
         sum_gx = tl.zeros((BLOCK_P,), tl.float32)
@@ -233,8 +233,8 @@ def _norm_linear_finish_kernel(
         weight = _tile(weight_ptr, k * C, c, k < D, c < C)
         norm_parts_ptr += block_k * 2 * C
         if HAS_PARTS:
-            tl.store(norm_parts_ptr + c, tl.sum(times(weight, g, tl.float32), 0), mask=c < C)
-        tl.store(norm_parts_ptr + C + c, tl.sum(times(weight, db[:, None], tl.float32), 0), mask=c < C)
+            tl.store(norm_parts_ptr + c, tl.sum(times(weight, g), 0), mask=c < C)
+        tl.store(norm_parts_ptr + C + c, tl.sum(times(weight, db[:, None]), 0), mask=c < C)
 
 
 @triton.jit

@@ -45,11 +45,11 @@ def _statistics(x0, mask0, x1, mask1, eps, C: tl.constexpr, C1: tl.constexpr):
     mean = _over(total, C) * 2**14
     d0 = tl.where(mask0[None, :], x0 - mean[:, None], 0.0)
     rest = tl.sum(d0, 1)
-    squares = tl.sum(times(d0, d0, tl.float32), 1)
+    squares = tl.sum(times(d0, d0), 1)
     if C1:
         d1 = tl.where(mask1[None, :], x1 - mean[:, None], 0.0)
         rest += tl.sum(d1, 1)
-        squares += tl.sum(times(d1, d1, tl.float32), 1)
+        squares += tl.sum(times(d1, d1), 1)
     correction = rest * (1 / C)
     variance = tl.maximum(squares - rest * correction, 0.0, propagate_nan=tl.PropagateNan.ALL) * (1 / C)
     # Squares that overflow are an infinite variance, as in PyTorch; computed as above it would be NaN.

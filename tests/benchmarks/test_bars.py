@@ -99,6 +99,26 @@ def test_what_ran_on_pytorch_is_no_result_of_ours():
     assert (said.said, said.count) == (IN_PART, 4)  # input gradients
 
 
+def test_what_was_not_tested_is_not_reached():
+    found = Watched(everything_reached().rows)
+    for row in everything_reached().rows:
+        if row.provider == OURS and row.suite == "model_inference":
+            found.put(dataclasses.replace(row, untested="block"))
+    said = {one.bar.name: one.said for one in bars.verdicts(found)}
+    assert [name for name, what in said.items() if what != REACHED] == [
+        name for name in said if "inference" in name or name.startswith(("compiled", "batch 1"))
+    ]
+    assert set(said.values()) == {REACHED, bars.UNTESTED}
+
+
+def test_another_gpu_has_other_times():
+    other = Results(GPU | {"gpu": "NVIDIA H200"})
+    other.put(*everything_reached().rows)
+    said = {one.bar.name: one.said for one in bars.verdicts(other)}
+    left = [name for name, what in said.items() if what == NOT_MEASURED]
+    assert left == [name for name in said if "images/s" in name or "predicted" in name]
+
+
 def test_a_cpu_reaches_nothing():
     found = Results(CPU)
     found.put(Row("cold_start", "convnext_tiny 64 N=2", OURS, "amp_bf16", median_us=1e6))
@@ -131,21 +151,21 @@ def test_predictions_are_of_cases_that_are_measured():
 
 
 def test_predictions_are_those_of_the_kernels_as_they_are():
-    """Of two cases; else the file is to be written anew."""
+    """Of some cases; else the file is to be written anew."""
     predict = pytest.importorskip("benchmarks.predict", exc_type=ImportError)
     known = predictions.read()
     chosen = [(suite, case) for suite, case in predict.cases() if case.c == 768 and case.kernel == (7, 7)]
-    chosen = [one for one in chosen if one[0] in ("depthwise_forward", "depthwise_weight_gradient")]
+    chosen = [one for one in chosen if one[0] in ("depthwise_forward", "depthwise_weight_gradient", "block_forward")]
     for key, one in predict.predict(chosen, 1).items():
-        assert one.low == pytest.approx(known[key].low, rel=0.02), "python -m benchmarks.predict"
-        assert one.high == pytest.approx(known[key].high, rel=0.02)
+        assert one.low == pytest.approx(known[key].low, rel=1e-3), "python -m benchmarks.predict"
+        assert one.high == pytest.approx(known[key].high, rel=1e-3)
 
 
 def test_distance_from_a_prediction():
-    assert bars.off(110.0, Prediction(100.0, 100.0)) == pytest.approx(0.1)
-    assert bars.off(80.0, Prediction(100.0, 200.0)) == pytest.approx(0.2)
+    assert bars.off(100.0, Prediction(110.0, 110.0)) == pytest.approx(0.1)
+    assert bars.off(80.0, Prediction(100.0, 200.0)) == pytest.approx(0.25)
     assert bars.off(150.0, Prediction(100.0, 200.0)) == 0.0
-    assert bars.off(300.0, Prediction(100.0, 200.0)) == pytest.approx(0.5)
+    assert bars.off(400.0, Prediction(100.0, 200.0)) == pytest.approx(0.5)
 
 
 def test_a_file_that_holds_no_predictions(tmp_path):

@@ -78,6 +78,8 @@ def test_a_line_and_a_log_for_each_tool(fake, tmp_path, capsys):
         ("Segmentation fault", -11, "failed", "exit code -11, without a summary: Segmentation fault"),
         ("", 0, "failed", "exit code 0, without a summary: nothing was printed"),
         ("ok", None, "unfinished", "not through in 5 s"),
+        ("ok\n========= Invalid __global__ write of size 4 bytes\n", None, "found", "Invalid __global__ write of size"),
+        ("========= Error: Race reported between Write access", None, "found", "Error: Race reported between Write"),
         ("========= ERROR SUMMARY: 0 errors", 0, "clean", "ERROR SUMMARY: 0 errors"),
     ],
 )

@@ -10,5 +10,7 @@ run here.
 - :mod:`tests.ptx.memory`: global and shared memory, and what compute-sanitizer would say of accesses.
 - :mod:`tests.ptx.arithmetic`, :mod:`tests.ptx.matrices`: instructions.
 
-Not a model of time, nor of what ptxas makes of PTX. Instructions that our kernels do not need raise.
+Not a model of time, nor of what ptxas makes of PTX. Instructions that our kernels do not need raise. Not looked for:
+what threads of one warp read of each other without ``bar.warp.sync``, and wgmma's fence. Subnormal numbers are not
+flushed.
 """

@@ -33,6 +33,10 @@ from tests.ptx.program import Program, read
 _edits = itertools.count()
 
 
+class NotEmulated(RuntimeError):
+    """A kernel has an instruction, or a form of one, that is not run here; the text says which."""
+
+
 @contextlib.contextmanager
 def emulated(arch: int = 90, edit: Callable[[str], str] | None = None) -> Iterator[list[str]]:
     """Kernels launched inside run here, on CPU tensors; the list is of their names, as they were launched.
@@ -48,7 +52,10 @@ def emulated(arch: int = 90, edit: Callable[[str], str] | None = None) -> Iterat
     def loading(module, function, name, metadata_group, key):
         path = next(Path(path) for file, path in metadata_group.items() if file.endswith(".ptx"))
         text = path.read_text()
-        compiled["next"] = _program(text if edit is None else edit(text))
+        try:
+            compiled["next"] = _program(text if edit is None else edit(text))
+        except NotImplementedError as error:  # which launchers would take for one of the compiler
+            raise NotEmulated(str(error)) from error
 
     def load_binary(name, binary, shared, device):
         return "module", compiled.pop("next"), 0, 0, 1024
@@ -71,6 +78,7 @@ def emulated(arch: int = 90, edit: Callable[[str], str] | None = None) -> Iterat
         mock.patch(f"{__name__}._launched", launches.append),
         mock.patch.object(triton.knobs.runtime, "kernel_load_start_hook", loading),
         mock.patch.object(runtime, "arch", return_value=arch),
+        mock.patch.dict(runtime.launchers("depthwise").tensor._refusals, clear=True),
         mock.patch.object(runtime, "why_not_device", lambda family, x: runtime._why_not_loaded(family)),
         np.errstate(all="ignore"),
     ):
@@ -101,7 +109,10 @@ def _launch(source, metadata, x, y, z, stream, function, packed, extra, enter, l
     # The last first: what depends on the order is wrong.
     for begin in reversed(range(0, x, at_once)):
         some = np.arange(begin, min(x, begin + at_once))
-        Machine(program, some, x, numbers, memory, metadata.shared).run(blocks)
+        try:
+            Machine(program, some, x, numbers, memory, metadata.shared).run(blocks)
+        except NotImplementedError as error:
+            raise NotEmulated(str(error)) from error
 
 
 def _as_bits(value: torch.Tensor | float, kind: str) -> int:

@@ -119,7 +119,11 @@ def _loaded(instruction: Instruction, parts: list[str]) -> Run:
         _aligned(begin, count * size)
         for at, name in enumerate(names):
             here = begin + begin.dtype.type(at * size)
-            found = machine.memory.load(here, size) if space == "global" else machine.shared.load(lanes, here, size)
+            found = (
+                machine.memory.load(machine.program_of(lanes), here, size)
+                if space == "global"
+                else machine.shared.load(lanes, here, size)
+            )
             _put_into(machine, name, found.view(kind), lanes)
 
     return run
@@ -162,7 +166,7 @@ def _stored(instruction: Instruction, parts: list[str]) -> Run:
             values = machine.get(name, np.dtype(UNSIGNED[size]))[lanes]
             here = begin + begin.dtype.type(at * size)
             if space == "global":
-                machine.memory.store(here, values, size)
+                machine.memory.store(machine.program_of(lanes), here, values, size)
             else:
                 machine.shared.store(lanes, here, values, size)
 
@@ -195,7 +199,7 @@ def _copied(instruction: Instruction, parts: list[str]) -> Run:
         parts = np.zeros((len(lanes), size), np.uint8)
         some = count > 0
         for at in range(0, size, 4):
-            word = machine.memory.load(of[some] + np.uint64(at), 4)
+            word = machine.memory.load(machine.program_of(lanes[some]), of[some] + np.uint64(at), 4)
             parts[some, at : at + 4] = word.view(np.uint8).reshape(-1, 4)
         _aligned(of[some], size)
         machine.shared.begin_copy(lanes, to, size)

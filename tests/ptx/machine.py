@@ -7,7 +7,7 @@ for is run by all who wait for it, so that those who took different ways meet ag
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Machine:
         self.pending: list = []
         self.reads: list = []  # of shared memory by wgmma, which go on until they are waited for
         self.product_groups = np.zeros(len(self.lanes), np.int64)  # of wgmma
+        self.accumulating: dict[str, np.ndarray] = {}  # registers of wgmma: the group after which they can be used
         thread = self.lanes % self.threads
         self.special = {
             "%tid.x": thread.astype(np.uint32),
@@ -58,7 +59,10 @@ class Machine:
         """An operand as numbers of a dtype: of a register, one per thread; else one for all."""
         if operand in self.registers:
             found = self.registers[operand]
-            return found if found.dtype == dtype else found.view(dtype)
+            if found.dtype == dtype:
+                return found
+            # Of a register that is wider than what is read, the low part.
+            return found.view(dtype)[:: found.itemsize // np.dtype(dtype).itemsize]
         if operand in self.special:
             return self.special[operand].view(dtype)
         if operand in self.program.shared:
@@ -79,6 +83,10 @@ class Machine:
             before = self.registers.get(name)
             values = np.where(where, values, np.zeros(1, dtype) if before is None else before)
         self.registers[name] = values
+
+    def program_of(self, lanes: np.ndarray) -> np.ndarray:
+        """The numbers of their programs in the launch."""
+        return self.special["%ctaid.x"][lanes].astype(np.int32)
 
     def everybody(self) -> np.ndarray:
         return np.ones(len(self.lanes), bool)
@@ -112,11 +120,22 @@ class Machine:
             for instruction, run in block:
                 if run is not None:
                     try:
+                        self._look_after(instruction)
                         run(self)
                     except Exception as error:
                         error.add_note(f"{self.program.name}: {instruction}")
                         raise
             self._leave(block[-1][0] if block else None, at, mask, place, waiting, gone)
+
+    def _look_after(self, instruction: Instruction) -> None:
+        """Registers that wgmma works on are its own until it was waited for."""
+        if not self.accumulating or instruction.parts[0] == "wgmma":
+            return
+        here = self.everybody() if self.active is None else self.active
+        for name in _names(instruction):
+            group = self.accumulating.get(name)
+            if group is not None and (group[here] >= 0).any():
+                raise AccessError(f"{name} is used while wgmma works on it")
 
     def _leave(self, last: Instruction | None, at: int, mask, place, waiting, gone) -> None:
         place[mask] = at + 1
@@ -127,8 +146,13 @@ class Machine:
             case "ret" | "exit":
                 taken = self.guarded(last)
                 gone[mask if taken is None else taken & mask] = True
+                left = [group[gone] for group in self.accumulating.values()]
+                if any((group >= 0).any() for group in left):
+                    raise AccessError(f"{self.program.name}: it ends while wgmma works")
             case "bar" | "barrier":
-                if last.guard is not None or last.operands[:1] not in (("0",), ()):
+                if last.guard is not None or "sync" not in last.parts or "cluster" in last.parts:
+                    raise NotImplementedError(f"a barrier of some threads: {last}")
+                if last.operands not in (("0",), ("0", str(self.threads))):
                     raise NotImplementedError(f"a barrier of some threads: {last}")
                 waiting[mask] = True
 
@@ -139,6 +163,12 @@ class Machine:
         if (there & ~by_program.all(1)).any():
             raise AccessError(f"{self.program.name}: some threads wait at a barrier, others have returned")
         self.shared.epoch[there] += 1
+
+
+def _names(instruction: Instruction) -> Iterator[str]:
+    """Of all registers, and whatever else is in the operands."""
+    for operand in instruction.operands:
+        yield from map(str, operand) if isinstance(operand, tuple) else (operand,)
 
 
 @functools.cache

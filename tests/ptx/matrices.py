@@ -23,7 +23,8 @@ _GROUP, _IN_GROUP = _LANE // 4, _LANE % 4
 def cut_off(sums: np.ndarray) -> np.ndarray:
     """fp64 → fp32, toward zero."""
     nearest = sums.astype(np.float32)
-    return np.where(np.abs(nearest) > np.abs(sums), np.nextafter(nearest, np.float32(0)), nearest)
+    beyond = (np.abs(nearest) > np.abs(sums)) & np.isfinite(nearest)
+    return np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
 
 
 def _where(machine: Machine, instruction: Instruction) -> np.ndarray | None:
@@ -186,6 +187,7 @@ def _read_factor(machine: Machine, descriptors: np.ndarray, groups: np.ndarray, 
     flat = machine.shared._flat(lanes, addresses.reshape(-1).astype(np.uint32), 2)
     halves = flat // 2
     machine.shared.note_read(halves, lanes, by_tensor_cores=True)
+    np.add.at(machine.shared.in_use, halves, 1)
     machine.reads.append((halves, lanes, machine.product_groups[lanes]))
     bits = machine.shared.bytes.view(np.uint16)[halves].reshape(len(groups), rows, 16)
     return _FROM[kind](bits).astype(np.float64)
@@ -194,7 +196,7 @@ def _read_factor(machine: Machine, descriptors: np.ndarray, groups: np.ndarray, 
 def of_group(instruction: Instruction, parts: list[str]) -> Run | None:
     """wgmma"""
     if parts[0] == "fence":
-        return None
+        return None  # of registers; LLVM moves some of them behind it, which ptxas puts right
     if parts[0] == "commit_group":
         return _commit
     if parts[0] == "wait_group":
@@ -230,6 +232,10 @@ def of_group(instruction: Instruction, parts: list[str]) -> Run | None:
             before = machine.get(name, np.dtype(np.float32)).astype(np.float64)
             result = products[:, row, column].reshape(-1) + np.where(keeping, before, 0)
             machine.put(name, cut_off(result), where)
+        here = machine.everybody() if where is None else where
+        for name in (*targets, *(first if in_registers else ())):
+            before = machine.accumulating.get(name, np.full(len(here), -1))
+            machine.accumulating[name] = np.where(here, machine.product_groups, before)
 
     return run
 
@@ -249,9 +255,15 @@ def _wait(machine: Machine, but: int) -> None:
         here = active[lanes]
         machine.shared.note_read(halves[here], lanes[here], by_tensor_cores=True)
         going_on = ~here | (group >= machine.product_groups[lanes] - but)
+        np.add.at(machine.shared.in_use, halves[~going_on], -1)
         if going_on.any():
             left.append((halves[going_on], lanes[going_on], group[going_on]))
     machine.reads = left
+    for name, group in list(machine.accumulating.items()):
+        still = np.where(active & (group < machine.product_groups - but), -1, group)
+        machine.accumulating[name] = still
+        if (still < 0).all():
+            del machine.accumulating[name]
 
 
 def fence(instruction: Instruction, parts: list[str]) -> Run:

@@ -30,14 +30,17 @@ class GlobalMemory:
             elif size:
                 merged.append([begin, begin + size])
         self.ranges = [(begin, end, self._bytes(begin, end - begin)) for begin, end in merged]
-        self.written = {begin: np.zeros(end - begin, bool) for begin, end, _ in self.ranges}
+        # By which program of the launch each byte was written or read: two of them know nothing of each other's order.
+        self.writers, self.readers = (
+            {begin: np.full(end - begin, NOBODY, np.int32) for begin, end, _ in self.ranges} for _ in range(2)
+        )
 
     @staticmethod
     def _bytes(begin: int, size: int) -> np.ndarray:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(begin))
 
     def _places(self, addresses: np.ndarray, size: int):
-        """(which of the addresses, bytes, where each is in them, what was written), tensor by tensor."""
+        """(which of the addresses, bytes, where each is in them, writers, readers), tensor by tensor."""
         if (addresses % np.uint64(size)).any():
             raise AccessError(f"an address is no multiple of {size}")
         left = len(addresses)
@@ -50,7 +53,7 @@ class GlobalMemory:
             where = addresses[inside].astype(np.int64) - begin
             if (where + size > end - begin).any():
                 raise AccessError("an access begins in a tensor and ends behind it")
-            yield inside, memory, where, self.written[begin]
+            yield inside, memory, where, self.writers[begin], self.readers[begin]
         if left:
             known = [begin for begin, _, _ in self.ranges]
             bad = next(a for a in addresses.tolist() if not any(b <= a < e for b, e, _ in self.ranges))
@@ -60,21 +63,29 @@ class GlobalMemory:
     def _size(self, begin: int) -> int:
         return next((end - first for first, end, _ in self.ranges if first == begin), 0)
 
-    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
+    def load(self, programs: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
         values = np.zeros(len(addresses), UNSIGNED[size])
-        for inside, memory, where, _ in self._places(addresses, size):
-            parts = memory[where[:, None] + np.arange(size)]
+        for inside, memory, where, writers, readers in self._places(addresses, size):
+            places, program = where[:, None] + np.arange(size), programs[inside, None]
+            if ((writers[places] != NOBODY) & (writers[places] != program)).any():
+                raise AccessError("a program reads what another one of the same launch writes")
+            others = (readers[places] != NOBODY) & (readers[places] != program)
+            readers[places] = np.where(others, SEVERAL, program)
+            readers[places[readers[places] != program]] = SEVERAL
+            parts = memory[places]
             values[inside] = np.ascontiguousarray(parts).view(UNSIGNED[size])[:, 0]
         return values
 
-    def store(self, addresses: np.ndarray, values: np.ndarray, size: int) -> None:
-        for inside, memory, where, written in self._places(addresses, size):
+    def store(self, programs: np.ndarray, addresses: np.ndarray, values: np.ndarray, size: int) -> None:
+        for inside, memory, where, writers, readers in self._places(addresses, size):
             parts = np.ascontiguousarray(values[inside], UNSIGNED[size]).view(np.uint8).reshape(-1, size)
-            places = where[:, None] + np.arange(size)
+            places, program = where[:, None] + np.arange(size), programs[inside, None]
+            if ((readers[places] != NOBODY) & (readers[places] != program)).any():
+                raise AccessError("a program writes what another one of the same launch reads")
+            again = (writers[places] != NOBODY) & (writers[places] != program)
             before = memory[places]
-            again = written[places]
             memory[places] = parts
-            written[places] = True
+            writers[places] = program
             if (again & (before != parts)).any() or (memory[places] != parts).any():
                 raise AccessError("a launch writes different values to the same place of a tensor")
 
@@ -91,6 +102,8 @@ class SharedMemory:
         self.epoch = np.zeros(programs, np.int64)  # barriers that a program has passed
         self.written, self.writer = np.full(count, -1, np.int64), np.full(count, NOBODY, np.int32)
         self.read, self.reader = np.full(count, -1, np.int64), np.full(count, NOBODY, np.int32)
+        self.coming = np.zeros(count, bool)  # copied to, and not waited for
+        self.in_use = np.zeros(count, np.int32)  # of wgmma, that nobody has waited for: how many times
         self.generic = np.zeros(count, bool)  # written by stores, not copies: wgmma needs a fence to see that
 
     def _flat(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -111,6 +124,8 @@ class SharedMemory:
         if (self.written[halves] < 0).any():
             raise AccessError(f"initcheck: shared memory is read at {self._at(halves, self.written[halves] < 0)}, "
                               "where nobody wrote")  # fmt: skip
+        if self.coming[halves].any():
+            raise AccessError(f"shared memory at {self._at(halves, self.coming[halves])} is read while it is copied to")
         bad = (self.written[halves] == epoch) & (self.writer[halves] != warp)
         if bad.any():
             raise AccessError(f"racecheck: shared memory at {self._at(halves, bad)} is read by a warp and was written "
@@ -127,6 +142,10 @@ class SharedMemory:
         epoch, warp = self.epoch[lanes // self.threads], (lanes // 32).astype(np.int32)
         bad = (self.written[halves] == epoch) & (self.writer[halves] != warp)
         bad |= (self.read[halves] == epoch) & (self.reader[halves] != warp)
+        taken = self.coming[halves] | (self.in_use[halves] > 0)
+        if taken.any():
+            raise AccessError(f"shared memory at {self._at(halves, taken)} is written while it is copied to, or while "
+                              "wgmma reads it")  # fmt: skip
         self.written[halves], self.writer[halves], self.generic[halves] = epoch, warp, generic
         self.writer[halves[self.writer[halves] != warp]] = SEVERAL  # who all have to write the same
         if bad.any():
@@ -152,11 +171,15 @@ class SharedMemory:
     def begin_copy(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> None:
         """From here on, until the copy has been waited for, nobody else may touch these bytes."""
         flat = self._flat(lanes, addresses, size)
-        self.note_write(*self._halves(flat, lanes, size), generic=False)
+        halves, of_lanes = self._halves(flat, lanes, size)
+        self.note_write(halves, of_lanes, generic=False)
+        self.coming[halves] = True
         self.bytes.reshape(-1, size)[flat // size] = 0xFF
 
     def end_copy(self, lanes: np.ndarray, addresses: np.ndarray, parts: np.ndarray) -> None:
         size = parts.shape[1]
         flat = self._flat(lanes, addresses, size)
-        self.note_write(*self._halves(flat, lanes, size), generic=False)
+        halves, of_lanes = self._halves(flat, lanes, size)
+        self.coming[halves] = False
+        self.note_write(halves, of_lanes, generic=False)
         self.bytes.reshape(-1, size)[flat // size] = parts

@@ -35,6 +35,7 @@ EVERY_CHANGE = [
     (90, BLOCK._replace(arch=90, few=False, resident=True)),
     (90, NormLinearCase("bf16", (70,), 192, 72, "gelu")),
     (80, ON_TENSOR_CORES),
+    (120, ON_TENSOR_CORES),
     (80, BLOCK._replace(arch=80, few=False, resident=True)),
 ]
 FULL = [
@@ -85,6 +86,7 @@ def test_rounding(case, arch):
 
 SUMS_OVER_THREADS = [  # of which a thread has one product
     NormLinearCase("fp16", (16,), 1, 64),
+    NormLinearCase("bf16", (128,), 255, 33, "gelu"),
     pytest.param(BlockCase("fp32", 1, 96, 2, 8, 64, 1, 1, arch=80, few=False), marks=pytest.mark.full),
 ]
 
@@ -177,10 +179,12 @@ MISTAKES = [
     (LARGE, dropped(r"cp\.async\.wait_group", WINDOWS)),
     (BLOCK, dropped(r"bar\.sync", "_block_out_kernel")),
     (BLOCK, dropped(r"cp\.async\.wait_group", "_norm_linear_bwd_x_kernel")),
+    (BLOCK, dropped(r"wgmma\.wait_group", "_norm_linear_bwd_x_kernel")),
 ]
 
 
 @pytest.mark.parametrize("case, edit", MISTAKES, ids=range(len(MISTAKES)))
 def test_mistakes_are_found(case, edit):
-    with emulated(90, edit), pytest.raises((AccessError, AssertionError)):
+    found = r"racecheck|initcheck|wgmma|copied to|elements are wrong|is wrong"
+    with emulated(90, edit), pytest.raises((AccessError, AssertionError), match=found):
         PROOFS[type(case)].prove_exact(case)
