@@ -180,7 +180,7 @@ def untested(results: Results, needs: Iterable[str]) -> str | None:
     """What of that on which ours stands has tests that are not through, or did not run; None where all passed."""
     found = [
         name
-        for name in ("all", "alone", *needs)
+        for name in ("all", *needs)
         if (said := results.tests.get(name, "")).startswith("unfinished") or said in (AS_ASKED, NONE_RAN)
     ]
     return ", ".join(found) or None
