@@ -70,7 +70,7 @@ def names(launches) -> set[str]:
 
 
 @pytest.mark.parametrize("c", [96, 192])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.full] * (a == 89)) for a in ARCHS])
 def test_convnext_in_bf16(arch, c):
     rows = rows_of(code.Call("bf16", c, 4 * c), arch)
     assert_within_limits(rows)

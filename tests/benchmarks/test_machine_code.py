@@ -59,14 +59,14 @@ def assert_within_limits(rows, kernels):
 # The kernels of the package
 
 
-FULL_ARCHS = [a if a == 90 else pytest.param(a, marks=pytest.mark.full) for a in machine_code.ARCHS]
 # With a residual, sm_80 and sm_89 are left to test_everything, which takes its time.
-WITH_RESIDUAL = [(a, False) if a == 90 else pytest.param(a, False, marks=pytest.mark.full) for a in machine_code.ARCHS]
+WITH_RESIDUAL = [*((arch, False) for arch in machine_code.ARCHS), (90, True)]
 
 
-@pytest.mark.parametrize("arch, residual", [*WITH_RESIDUAL, pytest.param(90, True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("arch, residual", WITH_RESIDUAL)
 def test_seven_by_seven_in_bf16(arch, residual):
-    """What multiplies by FMAs, where tensor cores do not take the channels."""
+    """What multiplies by FMAs, where tensor cores do not take the channels; of it, every change has SAMPLES."""
     rows = reports("bf16", 7, 7, 96, arch, lambda build: residual or not build.residual)
     small = {"_depthwise_taps_kernel", "_depthwise_sum_kernel"}
     assert_within_limits(rows, {*FORWARD, "_depthwise_bwd_weight_kernel", WEIGHT, *small})

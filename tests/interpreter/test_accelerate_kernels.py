@@ -17,10 +17,11 @@ BLOCKS = sum(DEPTHS)
 install()
 
 
-@pytest.mark.parametrize("name", [
-    "original", "original-v2", "timm-linear", "timm-conv", "timm-v2-linear", "timm-v2-conv", "torchvision",
-    "huggingface", "huggingface-v2", "dinov3",
-])  # fmt: skip
+EVERY_CHANGE = ["original", "timm-linear", "timm-v2-conv", "huggingface"]
+REST = ["original-v2", "timm-conv", "timm-v2-linear", "torchvision", "huggingface-v2", "dinov3"]
+
+
+@pytest.mark.parametrize("name", [*EVERY_CHANGE, *(pytest.param(name, marks=pytest.mark.full) for name in REST)])
 def test_small_networks_of_every_library(name, guard):
     model, x = randomise(VARIANTS[name][2]()), images(1, 32, 44)
     if name.endswith("conv"):

@@ -31,7 +31,11 @@ QUICK = {way: case for way, case in EACH_WAY.items() if way != "masked"}
 each_way = pytest.mark.parametrize("case", QUICK.values(), ids=QUICK)
 
 
-@pytest.mark.parametrize("case", geometry_cases(), ids=str)
+# Every change has half of them.
+CASES = [pytest.param(case, marks=[pytest.mark.full] * (at % 2)) for at, case in enumerate(geometry_cases())]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_on_integers(case):
     with Guard(case.order) as guard:
         proofs.prove_exact(case)
