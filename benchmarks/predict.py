@@ -30,7 +30,7 @@ KERNELS = (7, 9, 13, 31)  # those that the bars are about
 
 def cases() -> list[tuple[str, Case]]:
     """(suite, case): ConvNeXt-T's convolutions and blocks in bf16, as the benchmarks have them."""
-    maps = [(c, size) for c, size in zip(suites.WIDTHS["T"], suites.MAPS, strict=True)]
+    maps = list(zip(suites.WIDTHS["T"], suites.MAPS, strict=True))
     convolutions = [
         (suite, Case(suites.OPERATOR_BATCH, c, size, size, "bf16", (k, k)))
         for suite in suites.DEPTHWISE

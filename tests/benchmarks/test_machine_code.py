@@ -58,7 +58,6 @@ def assert_within_limits(rows, kernels):
 
 # The kernels of the package
 
-
 # With a residual, sm_80 and sm_89 are left to test_everything, which takes its time.
 WITH_RESIDUAL = [*((arch, False) for arch in machine_code.ARCHS), (90, True)]
 

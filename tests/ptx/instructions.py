@@ -231,8 +231,8 @@ def _shuffled(instruction: Instruction, parts: list[str]) -> Run:
         raise NotImplementedError(str(instruction))
 
     def run(machine: Machine) -> None:
-        where = machine.guarded(instruction)
-        _whole_warps(machine, members, where)
+        where = machine.warps_of(instruction)
+        _all_meant(machine, members, where)
         lane = machine.lanes % 32
         step = machine.get(by, np.dtype(np.uint32)).astype(np.int64) % 32
         other = lane ^ step if how == "bfly" else step
@@ -242,11 +242,9 @@ def _shuffled(instruction: Instruction, parts: list[str]) -> Run:
     return run
 
 
-def _whole_warps(machine: Machine, members: str, where: np.ndarray | None) -> None:
+def _all_meant(machine: Machine, members: str, where: np.ndarray | None) -> None:
     if (machine.get(members, np.dtype(np.uint32))[_lanes(machine, where)] != 0xFFFFFFFF).any():
         raise NotImplementedError("some threads of a warp are meant")
-    if where is not None and np.any(where.reshape(-1, 32).any(1) != where.reshape(-1, 32).all(1)):
-        raise AccessError("some threads of a warp are not there")
 
 
 def _reduced(instruction: Instruction, parts: list[str]) -> Run:
@@ -255,8 +253,8 @@ def _reduced(instruction: Instruction, parts: list[str]) -> Run:
         raise NotImplementedError(str(instruction))
 
     def run(machine: Machine) -> None:
-        where = machine.guarded(instruction)
-        _whole_warps(machine, members, where)
+        where = machine.warps_of(instruction)
+        _all_meant(machine, members, where)
         values = machine.get(source, np.dtype(np.uint32)).reshape(-1, 32)
         machine.put(target, np.repeat(values.sum(1, dtype=np.uint32), 32), where)
 

@@ -25,7 +25,7 @@ class Machine:
     Attributes:
         registers: by name; a register that nothing was written to is 0.
         active: which threads run the block at hand, None where all do.
-        pending: copies into shared memory that were begun and not waited for, see :mod:`tests.ptx.copies`.
+        pending: copies into shared memory that were begun and not waited for.
     """
 
     def __init__(self, program: Program, programs: np.ndarray, count: int, arguments: list[int], memory: GlobalMemory,
@@ -98,6 +98,17 @@ class Machine:
         guard = self.get(instruction.guard, np.dtype(bool))
         guard = ~guard if instruction.negated else guard
         return guard if self.active is None else guard & self.active
+
+    def warps_of(self, instruction: Instruction) -> np.ndarray | None:
+        """As ``guarded``, of an instruction that a warp runs together.
+
+        Raises:
+            AccessError: some threads of a warp are not there.
+        """
+        where = self.guarded(instruction)
+        if where is not None and np.any(where.reshape(-1, 32).any(1) != where.reshape(-1, 32).all(1)):
+            raise AccessError("some threads of a warp are not there")
+        return where
 
     # Running.
 

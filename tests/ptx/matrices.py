@@ -27,13 +27,6 @@ def cut_off(sums: np.ndarray) -> np.ndarray:
     return np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
 
 
-def _where(machine: Machine, instruction: Instruction) -> np.ndarray | None:
-    where = machine.guarded(instruction)
-    if where is not None and np.any(where.reshape(-1, 32).any(1) != where.reshape(-1, 32).all(1)):
-        raise AccessError("some threads of a warp are not there")
-    return where
-
-
 # Between shared memory and registers: 8×8 matrices of 16 bits, each of whose rows has the address that a thread gives.
 
 
@@ -60,7 +53,7 @@ def loaded(instruction: Instruction, parts: list[str]) -> Run:
     names = targets if isinstance(targets, tuple) else (targets,)
 
     def run(machine: Machine) -> None:
-        where = _where(machine, instruction)
+        where = machine.warps_of(instruction)
         lanes, addresses = _rows(machine, source, count, where)
         columns = 2 * np.arange(8, dtype=np.uint32)
         every = (addresses[..., None] + columns).reshape(-1)
@@ -84,7 +77,7 @@ def stored(instruction: Instruction, parts: list[str]) -> Run:
     names = sources if isinstance(sources, tuple) else (sources,)
 
     def run(machine: Machine) -> None:
-        where = _where(machine, instruction)
+        where = machine.warps_of(instruction)
         lanes, addresses = _rows(machine, target, count, where)
         warps = lanes[:, 0] // 32
         pairs = np.stack([machine.get(name, np.dtype(np.uint32)).reshape(-1, 32)[warps] for name in names], 1)
@@ -148,7 +141,7 @@ def multiplied(instruction: Instruction, parts: list[str]) -> Run:
     targets, first, second, sums = instruction.operands
 
     def run(machine: Machine) -> None:
-        where = _where(machine, instruction)
+        where = machine.warps_of(instruction)
         products = first_of(_operands(machine, first), kind) @ second_of(_operands(machine, second), kind)
         for register, (name, before) in enumerate(zip(targets, sums, strict=True)):
             row, column = _GROUP + 8 * (register // 2), 2 * _IN_GROUP + register % 2
@@ -212,7 +205,7 @@ def of_group(instruction: Instruction, parts: list[str]) -> Run | None:
     turned_first, turned_second = (False, *settings[2:]) if in_registers else settings[2:]
 
     def run(machine: Machine) -> None:
-        where = _where(machine, instruction)
+        where = machine.warps_of(instruction)
         every = len(machine.lanes) // 128
         groups = np.arange(every) if where is None else np.flatnonzero(where.reshape(-1, 128).all(1))
         if where is not None and where.reshape(-1, 128).any(1).sum() != len(groups):
